@@ -2,14 +2,14 @@
 
   python sample.py                                   # samples.png: a row for each class
   python sample.py --classes 3 7 --num 32 --cfg 2    # two classes, 16 images each
-  python sample.py --progressive                     # progressive.png: each image after 1, 2, 4, 8 ... all of its tokens
+  python sample.py --progressive                     # progressive.png: after 1, 2, 4, 8 ... all tokens
 """
 import argparse
 
 import torch
 from tqdm import tqdm
 
-from spectralar import UserError, load_generator, read_checkpoint
+from spectralar import UserError, load_generator
 from train_tokenizer import base_parser, finish_args, run, save_grid, spread_levels, to_uint8
 
 
@@ -18,11 +18,13 @@ def parse_args(argv=None):
     add = parser.add_argument_group("samples").add_argument
     add("--classes", type=int, nargs="+", help="class numbers, from 0 (default: all, at most ten spread evenly)")
     add("--num", type=int, help="images in all, shared evenly among the classes (default: 8 a class, progressive: 1)")
-    add("--progressive", action=argparse.BooleanOptionalAction, default=False, help="one row an image, more tokens from left to right")
+    add("--progressive", action=argparse.BooleanOptionalAction, default=False,
+        help="one row an image, more tokens from left to right")
     add("--batch-size", type=int, default=64, help="images sampled at a time")
     add = parser.add_argument_group("sampling").add_argument
     add("--cfg", type=float, default=2.0, help="guidance: 1 = none, 0 = unconditional")
-    add("--cfg-schedule", choices=("constant", "linear", "power-cosine"), default="constant", help="guidance over the tokens")
+    add("--cfg-schedule", choices=("constant", "linear", "power-cosine"), default="constant",
+        help="guidance over the tokens")
     add("--temperature", type=float, default=1.0, help="of the logits; 0 = the likeliest code")
     add("--top-k", type=int, default=0, help="sample among the k likeliest codes, 0 = all")
     add("--top-p", type=float, default=1.0, help="sample among the likeliest codes of this joint probability")
@@ -40,7 +42,8 @@ def choose_classes(wanted, num_classes):
     """Class numbers to draw; UserError when one is out of range."""
     for c in wanted or []:
         if not 0 <= c < num_classes:
-            raise UserError(f"class {c} is outside 0 .. {num_classes - 1}: this model has {num_classes} classes (--classes)")
+            raise UserError(f"class {c} is outside 0 .. {num_classes - 1}, the model's {num_classes} classes: "
+                            f"correct --classes")
     step = max(1, num_classes // 10)
     return wanted or list(range(0, num_classes, step))[:10]
 
@@ -52,8 +55,7 @@ def sample_seeds(seed, start, stop):
 
 @torch.no_grad()
 def main(args):
-    gpt, tokenizer = load_generator(args.out / "gpt.pt", args.device)
-    names = read_checkpoint(args.out / "gpt.pt", "gpt")["class_names"]
+    gpt, tokenizer, names = load_generator(args.out / "gpt.pt", args.device)
     classes = choose_classes(args.classes, gpt.config.num_classes)
     num = args.num or len(classes) * (1 if args.progressive else 8)
     labels = torch.tensor(classes).repeat(-(-num // len(classes)))[:num]    # image i has class i mod len(classes)
@@ -73,7 +75,8 @@ def main(args):
         path, row_names, columns = args.out / "samples.png", [names[c] for c in classes], None
         rows = [torch.cat(images[i::len(classes)]) for i in range(min(num, len(classes)))]
     save_grid(path, rows, row_names, columns)
-    print(f"{num} images of {len(set(labels.tolist()))} classes, cfg {args.cfg:g} ({args.cfg_schedule}), seed {args.seed}: {path}")
+    print(f"{num} images of {len(rows if not args.progressive else classes)} classes, cfg {args.cfg:g} "
+          f"({args.cfg_schedule}), seed {args.seed}: {path}")
 
 
 if __name__ == "__main__":

@@ -27,6 +27,10 @@ class UserError(ValueError):
     """A mistake of the user's, told in one line; the scripts print it and exit with 2."""
 
 
+class FailedRun(RuntimeError):
+    """A run that cannot go on, told in one line; the scripts exit with 1."""
+
+
 # ------------------------------------------------------------------------------------------------------------------
 # 1. spectrum (paper, section 3.2)
 
@@ -175,7 +179,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block. With `conditional`, a condition (B, D) shifts, scales and gates both halves (AdaLN)."""
+    """Pre-norm transformer block; if conditional, a condition (B, D) shifts, scales and gates both halves (AdaLN)."""
 
     def __init__(self, width, heads, conditional=False):
         super().__init__()
@@ -390,7 +394,7 @@ class SpectralTokenizer(nn.Module):
         """Floating point operations of the matrix products of one image's training step (forward and backward)."""
         c = self.config
         P, N, D = c.num_patches, c.num_tokens, c.width
-        ends = P * 3 * c.patch_size ** 2 * D * (1 + num_levels) + 2 * N * c.code_dim * D + N * c.code_dim * c.codebook_size
+        ends = P * 3 * c.patch_size ** 2 * D * (1 + num_levels) + N * c.code_dim * (2 * D + c.codebook_size)
         blocks = c.depth * (block_macs(P + N, D) + block_macs(N + num_levels * P, D))
         return 6 * (blocks + ends)
 
@@ -450,7 +454,7 @@ class GPT(nn.Module):
         nn.init.normal_(self.pos, std=0.02)
 
     def modulations(self, labels):
-        """All that depends on the class alone, so once for a whole sequence: one entry a block, then the last norm's."""
+        """All that depends on the class alone, so once for a sequence: an entry a block, then the last norm's."""
         condition = F.silu(self.class_embed(labels))                            # (B, D)
         return [b.modulate(condition) for b in self.blocks] + [self.norm_modulation(condition)[:, None].chunk(2, -1)]
 
@@ -497,7 +501,8 @@ class GPT(nn.Module):
             labels = torch.cat([labels, torch.full_like(labels, c.num_classes)])
         rows = len(labels)
         modulations = self.modulations(labels)
-        caches = modulations[0][0].new_zeros(c.depth, 2, rows, c.heads, c.num_tokens, c.width // c.heads) if cache else None
+        shape = (c.depth, 2, rows, c.heads, c.num_tokens, c.width // c.heads)
+        caches = modulations[0][0].new_zeros(shape) if cache else None
         codes, first = prefix, prefix.shape[1]
         for t in range(first, c.num_tokens):
             seen = codes.repeat(rows // B, 1)                                   # (rows, t)
@@ -579,10 +584,11 @@ def save_checkpoint(path, kind, **content):
     try:
         torch.save(dict(format=FORMAT, kind=kind, **content), temporary)
         os.replace(temporary, path)
-    except BaseException:
+    except (OSError, RuntimeError) as e:
         if os.path.exists(temporary):
             os.remove(temporary)
-        raise
+        raise FailedRun(f"cannot write {path} ({str(e).splitlines()[0]}): an older one is intact; free disk space, "
+                        f"then --resume") from None
 
 
 def read_checkpoint(path, kind, device="cpu"):
@@ -618,10 +624,10 @@ def load_gpt(path, device="cpu"):
 
 
 def load_generator(path, device="cpu"):
-    """(GPT, SpectralTokenizer) of a gpt.pt, which carries the tokenizer whose codes it learned: one file samples."""
+    """(GPT, SpectralTokenizer, class names) of a gpt.pt: it carries the tokenizer of its codes, so one file samples."""
     checkpoint = read_checkpoint(path, "gpt", device)
     return (build(GPT, GPTConfig, checkpoint, device),
-            build(SpectralTokenizer, TokenizerConfig, checkpoint["tokenizer"], device))
+            build(SpectralTokenizer, TokenizerConfig, checkpoint["tokenizer"], device), checkpoint["class_names"])
 
 
 def fingerprint(model):

@@ -3,8 +3,8 @@
   python train_gpt.py                                           # after python train_tokenizer.py
   python train_gpt.py --data cifar10 --depth 8 --width 256      # after train_tokenizer.py --data cifar10
 
-The data set is encoded once, each image and its mirror image, into codes.npz. After the run: samples.png (a row a class)
-and log-gpt.jsonl.
+The data set is encoded once, each image and its mirror image, into codes.npz. After the run: samples.png (a row a
+class) and log-gpt.jsonl.
 """
 import copy
 import math
@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from spectralar import GPT, GPTConfig, UserError, fingerprint, load_tokenizer, save_checkpoint
-from train_tokenizer import (Interrupt, Log, FailedRun, Meter, add_training_flags, base_parser, batch_indices,
+from spectralar import GPT, FailedRun, GPTConfig, UserError, fingerprint, load_tokenizer, save_checkpoint
+from train_tokenizer import (Interrupt, Log, Meter, add_training_flags, base_parser, batch_indices,
                              choose_dtype, finish_args, lr_at, make_optimizer, new_run, open_data, plain, restore, run,
                              save_grid, seed_step, to_float, to_uint8, update_ema)
 
@@ -43,7 +43,8 @@ def cached_codes(tokenizer, train, val, args, dtype):
     path = args.out / "codes.npz"
     count = min(args.code_images or len(train), len(train))
     held_out = min(args.eval_images, len(val))
-    tag = dict(tokenizer=fingerprint(tokenizer), data=args.data, images=str(count), held_out=str(held_out), dtype=args.dtype)
+    tag = dict(tokenizer=fingerprint(tokenizer), data=args.data, images=str(count), held_out=str(held_out),
+               dtype=args.dtype)
     if path.exists() and not args.overwrite:
         with np.load(path, allow_pickle=False) as file:
             cache = dict(file)
@@ -73,7 +74,8 @@ def evaluate(model, codes, labels, args, dtype):
         chunk, label = chunk.to(args.device), label.to(args.device)
         with torch.autocast(chunk.device.type, dtype, enabled=dtype != torch.float32):
             logits = model(chunk, label).float()                            # (n, N, K)
-        bits.append(F.cross_entropy(logits.flatten(0, 1), chunk.flatten(), reduction="none").view_as(chunk) / math.log(2))
+        nats = F.cross_entropy(logits.flatten(0, 1), chunk.flatten(), reduction="none")
+        bits.append(nats.view_as(chunk) / math.log(2))
         hits.append((logits.argmax(-1) == chunk).float())
     bits, hits = torch.cat(bits).mean(0), torch.cat(hits).mean(0)           # (N,)
     return dict(bits=bits.mean().item(), accuracy=hits.mean().item(),
@@ -115,7 +117,7 @@ def parse_args(argv=None):
 
 def main(args):
     path = args.out / "gpt.pt"
-    resume = new_run(path, args)
+    new_run(path, args)
     tokenizer = load_tokenizer(args.out / "tokenizer.pt", args.device)
     args.image_size, args.codebook_size = tokenizer.config.image_size, tokenizer.config.codebook_size
     train, val = open_data(args)
@@ -126,7 +128,7 @@ def main(args):
     ema = copy.deepcopy(model).eval()
     optimizer = make_optimizer(model, args)
     start = 0
-    if resume:
+    if args.resume:
         checkpoint = restore(path, "gpt", model, ema, optimizer, args)
         start = checkpoint["step"]
         if checkpoint["tokenizer"]["fingerprint"] != fingerprint(tokenizer):
@@ -136,7 +138,7 @@ def main(args):
     cache = cached_codes(tokenizer, train, val, args, dtype)
     codes, labels = torch.from_numpy(cache["train_codes"].astype(np.int32)), torch.from_numpy(cache["train_labels"])
     val_codes, val_labels = torch.from_numpy(cache["val_codes"].astype(np.int64)), torch.from_numpy(cache["val_labels"])
-    log = Log(args.out / "log-gpt.jsonl", args, model, resume)
+    log = Log(args.out / "log-gpt.jsonl", args, model)
     print(f"{codes.shape[1]:,} images in {len(codes)} views, {len(val_codes):,} held out, {config.num_classes} classes")
     step_model = torch.compile(model) if args.compile else model
     meter, interrupt = Meter(args, model.flops(), peak), Interrupt()

@@ -31,11 +31,12 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-from spectralar import (SpectralTokenizer, TokenizerConfig, UserError, low_pass, read_checkpoint,
+from spectralar import (FailedRun, SpectralTokenizer, TokenizerConfig, UserError, low_pass, read_checkpoint,
                         save_checkpoint, uniforms)
 
 # ------------------------------------------------------------------------------------------------------------------
-# presets: all that --data or --preset sets. Every field is a flag of train_tokenizer.py, those of "gpt" of train_gpt.py
+# presets: all that --data or --preset sets (a folder takes "cifar", so that defaults run on a laptop). Every field is a
+# flag of train_tokenizer.py, those of "gpt" of train_gpt.py
 
 PRESETS = {
     "shapes": dict(      # minutes on a laptop CPU
@@ -63,11 +64,6 @@ PRESETS = {
 }
 
 
-def preset_of(data):
-    """Which preset --data chooses: a folder of one's own takes the small one, so that the default runs on a laptop."""
-    return data if data in PRESETS else "cifar"
-
-
 # ------------------------------------------------------------------------------------------------------------------
 # built-in images: ten shapes on a smooth background (low bands), outlined (middle bands), textured (high bands)
 
@@ -75,7 +71,7 @@ SHAPES = ("circle", "square", "triangle", "star", "cross", "ring", "crescent", "
 
 
 def shape_distance(name, x, y):
-    """Signed distance from points (x, y) to the outline of a shape of radius about 1: negative inside, y points down."""
+    """Signed distance from points (x, y) to the outline of a shape of radius about 1: negative inside, y is down."""
     r = np.hypot(x, y)
     half_plane = lambda angle, offset: x * np.cos(angle) + y * np.sin(angle) - offset
     box = lambda w, h, cy=0.0: np.maximum(abs(x) - w, abs(y - cy) - h)
@@ -135,10 +131,10 @@ class Shapes:
         X, Y = axis[None, None, :], axis[None, :, None]
         column = lambda values: values.astype(np.float32)[:, None, None]                    # (B,) -> (B, 1, 1)
 
-        # the shape's own frame: centre, rotation within 30 degrees (either way up for the crescent), radius
-        angle = (u[:, 0] - 0.5) * np.pi / 3 + np.pi * ((labels.numpy() == SHAPES.index("crescent")) & (u[:, 1] < 0.5))
-        radius = column(0.48 + 0.24 * u[:, 2])
-        dx, dy = X - column(0.5 * u[:, 3] - 0.25), Y - column(0.5 * u[:, 4] - 0.25)
+        # the shape's own frame: centre, rotation within 20 degrees (either way round for the crescent), radius
+        angle = (u[:, 0] - 0.5) * np.pi * 2 / 9 + np.pi * ((labels.numpy() == SHAPES.index("crescent")) & (u[:, 1] < 0.5))
+        radius = column(0.56 + 0.22 * u[:, 2])
+        dx, dy = X - column(0.36 * u[:, 3] - 0.18), Y - column(0.36 * u[:, 4] - 0.18)
         x = (dx * column(np.cos(angle)) + dy * column(np.sin(angle))) / radius              # (B, S, S)
         y = (dy * column(np.cos(angle)) - dx * column(np.sin(angle))) / radius
 
@@ -161,7 +157,7 @@ class Shapes:
         wave = lambda t: np.sin(t * radius * (2 * np.pi / 0.3))                             # 4.8 px at 32 px
         kind = column(np.floor(4 * u[:, 12]))
         across, down = wave(x), wave(y)
-        pattern = np.where(kind == 1, down, np.where(kind == 2, across * down * 1.6, np.where(kind == 3, across + down - 0.5, 0)))
+        pattern = np.select([kind == 1, kind == 2, kind == 3], [down, 1.6 * across * down, across + down - 0.5])
         shade = np.where(kind == 0, 1, 0.78 + 0.22 * np.clip(2 * pattern, -1, 1))[:, None]  # (B, 1, S, S)
 
         slope = column(2 * np.pi * u[:, 13])
@@ -209,7 +205,8 @@ class Cifar:
     def read(path, head):
         data = np.fromfile(path, np.uint8)
         if data.size == 0 or data.size % (head + 3072):
-            raise UserError(f"{path} has {data.size} bytes, not a multiple of {head + 3072}: it is truncated, delete it")
+            raise UserError(f"{path} has {data.size} bytes, not a multiple of {head + 3072}: it is truncated, "
+                            f"delete it")
         return data.reshape(-1, head + 3072)
 
     def __len__(self):
@@ -277,8 +274,8 @@ def open_folder(root, image_size, workers):
             val = list_classes(root / "val")
             if val.keys() != train.keys():
                 odd = sorted(val.keys() ^ train.keys())
-                raise UserError(f"{root}: {len(train)} classes in train and {len(val)} in val, {len(odd)} of them in one "
-                                f"only (first: {odd[0]}): make them the same")
+                raise UserError(f"{root}: {len(train)} classes in train and {len(val)} in val, {len(odd)} of them in "
+                                f"one only (first: {odd[0]}): make them the same")
             return Folder(train, image_size, workers), Folder(val, image_size, workers)
     else:
         train = list_classes(root)
@@ -288,8 +285,10 @@ def open_folder(root, image_size, workers):
     order = np.random.RandomState(0).permutation(len(samples))
     held_out = set(order[:max(1, round(0.05 * len(samples)))].tolist())
     print(f"{root} has no val folder: {len(held_out)} of {len(samples)} images (5 %, seeded) are held out")
-    part = lambda keep: {name: [f for i, (n, f) in enumerate(samples) if n == name and (i in held_out) == keep] for name in train}
-    return Folder(part(False), image_size, workers), Folder(part(True), image_size, workers)
+    parts = [{name: [] for name in train}, {name: [] for name in train}]     # classes -> files, of train and of val
+    for i, (name, f) in enumerate(samples):
+        parts[i in held_out][name].append(f)
+    return tuple(Folder(part, image_size, workers) for part in parts)
 
 
 class Folder:
@@ -306,7 +305,7 @@ class Folder:
         return len(self.files)
 
     def decode(self, i):
-        """Image i as (S, S, 3) uint8; one that cannot be read is named, counted, and replaced by the next readable one."""
+        """Image i as (S, S, 3) uint8; one that cannot be read is named, counted, and replaced by the next readable."""
         try:
             with Image.open(self.files[i]) as image:
                 return np.array(center_crop(image.convert("RGB"), self.image_size))
@@ -379,13 +378,12 @@ def base_parser(doc, argv):
     add("--preset", choices=PRESETS, help="sizes and schedule; --data chooses one (a folder: cifar)")
     add("--out", help="folder of the run's files (default: out/<data>)")
     add("--seed", type=int, default=0, help="of weights, batches and samples")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda, cuda:1, mps, cpu")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda, cuda:1, cpu")
     peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     peek.add_argument("--data", default="shapes")
     peek.add_argument("--preset")
     known, _ = peek.parse_known_args(argv)
-    data = {"cifar10": "cifar", "cifar100": "cifar"}.get(known.data, known.data)
-    return parser, PRESETS.get(known.preset) or PRESETS[preset_of(data)]
+    return parser, PRESETS.get(known.preset or known.data, PRESETS["cifar"])
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -432,25 +430,19 @@ def run(main, args):
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)
-    except RuntimeError as e:
-        if isinstance(e, FailedRun) or "out of memory" in str(e):
-            print(f"failed: {e}", file=sys.stderr)
-            sys.exit(1)
-        raise
-
-
-class FailedRun(RuntimeError):
-    """A run that cannot go on, told in one line; the scripts exit with 1."""
+    except (FailedRun, torch.OutOfMemoryError) as e:
+        print(f"failed: {str(e).splitlines()[0]}", file=sys.stderr)
+        sys.exit(1)
 
 
 def new_run(path, args):
-    """Refuse to overwrite a checkpoint unasked; True when the run is to be resumed."""
+    """Refuse to overwrite a checkpoint unasked, or to resume from none."""
     if args.resume and args.overwrite:
         raise UserError("--resume and --overwrite exclude each other: choose one")
+    if args.resume and not path.exists():
+        raise UserError(f"{path} does not exist, so there is nothing to resume: leave --resume out, or correct --out")
     if path.exists() and not (args.resume or args.overwrite):
         raise UserError(f"{path} exists: --resume goes on from it, --overwrite replaces it, --out takes another folder")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return args.resume and path.exists()
 
 
 def matmul_speed(device, dtype, n=1024):
@@ -487,7 +479,7 @@ def make_optimizer(model, args):
     groups = [dict(params=[p for p in model.parameters() if (id(p) in matrices) == decays],
                    weight_decay=args.weight_decay if decays else 0.0) for decays in (True, False)]
     assert sum(len(g["params"]) for g in groups) == len(list(model.parameters()))
-    return torch.optim.AdamW(groups, lr=args.lr, betas=tuple(args.betas), fused=args.device != "mps")
+    return torch.optim.AdamW(groups, lr=args.lr, betas=tuple(args.betas), fused=True)
 
 
 def lr_at(step, args):
@@ -537,8 +529,9 @@ def seed_step(seed, step):
 class Log:
     """Log lines on the screen, the same fields as JSON lines in a file; the first record says what ran, and where."""
 
-    def __init__(self, path, args, model, resumed):
-        self.file = open(path, "a" if resumed else "w", buffering=1)
+    def __init__(self, path, args, model):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.file = open(path, "a" if args.resume else "w", buffering=1)
         commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True,
                                 cwd=Path(__file__).parent).stdout.strip()
         config = plain(args)
@@ -584,9 +577,9 @@ class Meter:
         record = dict(step=step, **terms, lr=lr, ms=seconds * 1e3, images_per_second=speed,
                       mfu=speed * self.flops / self.peak, data=self.data_time / self.count / seconds,
                       memory_gb=memory / 1e9, eta_hours=(args.steps - step) * seconds / 3600)
-        print(f"step {step:06d}/{args.steps:06d} | " + " | ".join(f"{k} {v:.4f}" for k, v in terms.items()) +
-              f" | lr {lr:.2e} | {seconds * 1e3:.0f} ms | {speed:.0f} img/s | mfu {record['mfu']:.0%} "
-              f"| data {record['data']:.1%} | {record['memory_gb']:.1f} GB | eta {duration(record['eta_hours'])}", flush=True)
+        print(f"step {step:06d}/{args.steps:06d}", *(f"{k} {v:.4f}" for k, v in terms.items()), f"lr {lr:.2e}",
+              f"{seconds * 1e3:.0f} ms", f"{speed:.0f} img/s", f"mfu {record['mfu']:.0%}", f"data {record['data']:.1%}",
+              f"{record['memory_gb']:.1f} GB", f"eta {duration(record['eta_hours'])}", sep=" | ", flush=True)
         self.reset()
         return record
 
@@ -617,13 +610,14 @@ class Interrupt:
 # pictures
 
 def save_grid(path, rows, names=None, columns=None, scale=None):
-    """PNG of rows of images: a list of uint8 (n, 3, S, S), names left of them, column titles above. Written, then renamed."""
+    """PNG of rows of images: a list of uint8 (n, 3, S, S), names left of them, column titles above."""
     S = rows[0].shape[-1]
     scale = scale or max(1, 64 // S)
     gap, cell, font = 2, S * scale, ImageFont.load_default(size=12)
     margin = max((int(font.getlength(n)) for n in names), default=0) + 10 if names else gap
     head = 20 if columns else gap
-    picture = Image.new("RGB", (margin + max(len(r) for r in rows) * (cell + gap), head + len(rows) * (cell + gap)), "white")
+    size = margin + max(len(r) for r in rows) * (cell + gap), head + len(rows) * (cell + gap)
+    picture = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(picture)
     for i, title in enumerate(columns or []):
         draw.text((margin + i * (cell + gap) + cell / 2, head / 2), title, fill="black", font=font, anchor="mm")
@@ -710,7 +704,7 @@ def parse_args(argv=None):
     add("--width", type=int, default=p["width"], help="D, of encoder and decoder")
     add("--depth", type=int, default=p["depth"], help="blocks in each of encoder and decoder")
     add("--heads", type=int, default=p["heads"], help="of attention")
-    add("--power", type=float, default=p["power"], help="token-frequency mapping: window side S (i/N)^power, 1 = uniform")
+    add("--power", type=float, default=p["power"], help="of the mapping: window side S (i/N)^power, 1 = uniform")
     add("--flat", action=argparse.BooleanOptionalAction, default=p["flat"], help="baseline: one level, bidirectional")
     add("--eval-images", type=int, default=p["eval_images"], help="held-out images in an evaluation")
     add_training_flags(parser, p)
@@ -728,26 +722,26 @@ def draw_levels(B, N, flat, device):
 
 def reconstruction_loss(recon, images, levels, edges):
     """Sum over the levels of the mean squared error between each reconstruction and its sub-image (paper, Eq. 7)."""
-    return sum((recon[:, g] - low_pass(images, edges[levels[:, g] - 1])).square().mean() for g in range(levels.shape[1]))
+    return sum(F.mse_loss(recon[:, g], low_pass(images, edges[levels[:, g] - 1])) for g in range(levels.shape[1]))
 
 
 def main(args):
     path = args.out / "tokenizer.pt"
     config = TokenizerConfig(**{f.name: getattr(args, f.name) for f in fields(TokenizerConfig)})
-    resume = new_run(path, args)
+    new_run(path, args)
     train, val = open_data(args)
     torch.manual_seed(args.seed)
     model = SpectralTokenizer(config).to(args.device)
     ema = copy.deepcopy(model).eval()
     optimizer = make_optimizer(model, args)
     start = 0
-    if resume:
+    if args.resume:
         start = restore(path, "tokenizer", model, ema, optimizer, args)["step"]
     dtype, peak = choose_dtype(args)
-    log = Log(args.out / "log-tokenizer.jsonl", args, model, resume)
+    log = Log(args.out / "log-tokenizer.jsonl", args, model)
     print(f"{len(train):,} training and {len(val):,} held-out images, {len(train.class_names)} classes")
     step_model = torch.compile(model) if args.compile else model
-    meter, interrupt, saved = Meter(args, model.flops(1 if config.flat else 2), peak), Interrupt(), start
+    meter, interrupt = Meter(args, model.flops(1 if config.flat else 2), peak), Interrupt()
 
     def save(step):
         save_checkpoint(path, "tokenizer", config=asdict(config), args=plain(args), step=step,
