@@ -227,7 +227,8 @@ class VectorQuantizer(nn.Module):
 
     def nearest(self, z):
         """Unit vectors z (..., d) -> codes (...) long: for unit vectors the nearest has the largest dot product."""
-        return (z @ F.normalize(self.codebook, dim=-1).T).argmax(-1)
+        with torch.autocast(z.device.type, enabled=False):
+            return (z @ F.normalize(self.codebook, dim=-1).T).argmax(-1)
 
     def vectors(self, codes):
         """codes (...) -> unit vectors (..., d)."""
@@ -235,17 +236,16 @@ class VectorQuantizer(nn.Module):
 
     def forward(self, z):
         """z (B, N, d) -> quantized (B, N, d), codes (B, N), loss = |e - sg z|^2 + 0.25 |z - sg e|^2 (mean)."""
-        with torch.autocast(z.device.type, enabled=False):
-            z = F.normalize(z.float(), dim=-1)
-            if self.training:
-                self.reseed(z.detach())
-            codes = self.nearest(z.detach())
-            if self.training:
-                share = torch.bincount(codes.flatten(), minlength=len(self.usage)) * (len(self.usage) / codes.numel())
-                self.usage.lerp_(share.to(self.usage), 1 - self.decay)
-            e = self.vectors(codes)
-            loss = F.mse_loss(e, z.detach()) + self.commitment * F.mse_loss(z, e.detach())
-            return z + (e - z).detach(), codes, loss
+        z = F.normalize(z.float(), dim=-1)
+        if self.training:
+            self.reseed(z.detach())
+        codes = self.nearest(z.detach())
+        if self.training:
+            share = torch.bincount(codes.flatten(), minlength=len(self.usage)) * (len(self.usage) / codes.numel())
+            self.usage.lerp_(share.to(self.usage), 1 - self.decay)
+        e = self.vectors(codes)
+        loss = F.mse_loss(e, z.detach()) + self.commitment * F.mse_loss(z, e.detach())
+        return z + (e - z).detach(), codes, loss
 
     @torch.no_grad()
     def reseed(self, z):
