@@ -259,6 +259,13 @@ class VectorQuantizer(nn.Module):
 # ------------------------------------------------------------------------------------------------------------------
 # 5. tokenizer (paper, section 3.3)
 
+def sine_positions(side, width):
+    """(side * side, width): sines and cosines of y and of x at width/4 frequencies, of the queries' size (std 0.5)."""
+    frequency = 100 ** (-torch.arange(width // 4) / (width // 4))
+    y, x = (g.reshape(-1, 1) * frequency for g in torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij"))
+    return torch.cat([y.sin(), y.cos(), x.sin(), x.cos()], 1) / math.sqrt(2)
+
+
 @dataclass
 class TokenizerConfig:
     image_size: int = 32       # S, pixels
@@ -278,6 +285,8 @@ class TokenizerConfig:
                             f"change --image-size or --patch-size")
         if self.codebook_size > 65536:
             raise UserError(f"codebook size {self.codebook_size} is above 65536, the most that uint16 codes can name")
+        if self.width % 4:
+            raise UserError(f"width {self.width} is not divisible by 4, as 2-D positions need: change --width")
         check_heads(self.width, self.heads)
         band_edges(self.num_tokens, self.image_size, self.power)
 
@@ -316,18 +325,21 @@ class SpectralTokenizer(nn.Module):
 
     def init_weights(self):
         """
-        Linear.weight                       Xavier uniform (MAE)
-        Linear.bias                         0
-        positions, queries, mask tokens     normal, std 0.5: queries that start alike stay alike for long
-        level embedding                     0
-        codebook                            set from the first batch (VectorQuantizer); normal, std 1 until then
-        LayerNorm                           weight 1, bias 0
+        Linear.weight                  Xavier uniform (MAE)
+        Linear.bias                    0
+        patch positions, mask tokens   2-D sine and cosine (MAE), learned from there
+        queries, code positions        normal, std 0.5: queries that start alike stay alike for long
+        level embedding                0
+        codebook                       set from the first batch (VectorQuantizer); normal, std 1 until then
+        LayerNorm                      weight 1, bias 0
         """
         for m in self.modules():
             if isinstance(m, nn.Linear):
                 nn.init.xavier_uniform_(m.weight)
                 nn.init.zeros_(m.bias)
-        for p in (self.patch_pos, self.queries, self.code_pos, self.mask_tokens):
+        for p in (self.patch_pos, self.mask_tokens):
+            p.data.copy_(sine_positions(self.config.image_size // self.config.patch_size, self.config.width))
+        for p in (self.queries, self.code_pos):
             nn.init.normal_(p, std=0.5)
         nn.init.zeros_(self.level_embed)
         nn.init.normal_(self.quantizer.codebook)

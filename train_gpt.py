@@ -119,7 +119,7 @@ def main(args):
     path = args.out / "gpt.pt"
     new_run(path, args)
     tokenizer = load_tokenizer(args.out / "tokenizer.pt", args.device)
-    args.image_size, args.codebook_size = tokenizer.config.image_size, tokenizer.config.codebook_size
+    args.image_size = tokenizer.config.image_size
     train, val = open_data(args)
     config = GPTConfig(len(train.class_names), tokenizer.config.num_tokens, tokenizer.config.codebook_size,
                        args.width, args.depth, args.heads)

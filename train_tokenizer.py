@@ -132,7 +132,8 @@ class Shapes:
         column = lambda values: values.astype(np.float32)[:, None, None]                    # (B,) -> (B, 1, 1)
 
         # the shape's own frame: centre, rotation within 20 degrees (either way round for the crescent), radius
-        angle = (u[:, 0] - 0.5) * np.pi * 2 / 9 + np.pi * ((labels.numpy() == SHAPES.index("crescent")) & (u[:, 1] < 0.5))
+        turned = (labels.numpy() == SHAPES.index("crescent")) & (u[:, 1] < 0.5)
+        angle = (u[:, 0] - 0.5) * np.pi * 2 / 9 + np.pi * turned
         radius = column(0.56 + 0.22 * u[:, 2])
         dx, dy = X - column(0.36 * u[:, 3] - 0.18), Y - column(0.36 * u[:, 4] - 0.18)
         x = (dx * column(np.cos(angle)) + dy * column(np.sin(angle))) / radius              # (B, S, S)
