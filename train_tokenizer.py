@@ -49,7 +49,7 @@ PRESETS = {
     "cifar": dict(       # an hour or two on a CPU, minutes on a GPU
         image_size=32, patch_size=4, num_tokens=64, codebook_size=1024, code_dim=16, width=192, depth=4, heads=6,
         power=1.5, flat=False,
-        steps=6000, batch_size=32, lr=1e-3, betas=(0.9, 0.99), weight_decay=1e-4, warmup=200, hold=0.0, clip=1.0,
+        steps=5000, batch_size=32, lr=1e-3, betas=(0.9, 0.99), weight_decay=1e-4, warmup=200, hold=0.0, clip=1.0,
         ema=0.995, eval_every=500, eval_images=512,
         gpt=dict(width=256, depth=8, heads=8, steps=3000, batch_size=64, lr=1e-3, betas=(0.9, 0.95), weight_decay=0.05,
                  warmup=200, hold=0.5, clip=2.0, ema=0.995, label_drop=0.1, code_images=None, eval_every=500)),
