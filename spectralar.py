@@ -204,9 +204,13 @@ class Block(nn.Module):
         return x + gate_m * self.mlp(h)
 
 
-def check_heads(width, heads):
-    if width % heads:
-        raise UserError(f"width {width} is not divisible by {heads} heads: change --width or --heads")
+def check_sizes(config):
+    """UserError when a size of a model is below 1, or the heads do not share the width evenly."""
+    for name, value in asdict(config).items():
+        if type(value) is int and value < 1:
+            raise UserError(f"{name} is {value}: it must be at least 1 (--{name.replace('_', '-')})")
+    if config.width % config.heads:
+        raise UserError(f"width {config.width} is not divisible by {config.heads} heads: change --width or --heads")
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -280,6 +284,7 @@ class TokenizerConfig:
     flat: bool = False         # the baseline: one level, bidirectional masks
 
     def __post_init__(self):
+        check_sizes(self)
         if self.image_size % self.patch_size:
             raise UserError(f"image side {self.image_size} is not divisible by patch side {self.patch_size}: "
                             f"change --image-size or --patch-size")
@@ -287,7 +292,6 @@ class TokenizerConfig:
             raise UserError(f"codebook size {self.codebook_size} is above 65536, the most that uint16 codes can name")
         if self.width % 4:
             raise UserError(f"width {self.width} is not divisible by 4, as 2-D positions need: change --width")
-        check_heads(self.width, self.heads)
         band_edges(self.num_tokens, self.image_size, self.power)
 
     @property
@@ -429,7 +433,7 @@ class GPTConfig:
     heads: int = 4
 
     def __post_init__(self):
-        check_heads(self.width, self.heads)
+        check_sizes(self)
 
 
 class GPT(nn.Module):
@@ -610,7 +614,7 @@ def read_checkpoint(path, kind, device="cpu"):
     try:
         checkpoint = torch.load(path, map_location=device, weights_only=True)
         found = checkpoint["kind"], checkpoint["format"]
-    except (RuntimeError, EOFError, OSError, KeyError, TypeError, pickle.UnpicklingError) as e:
+    except (RuntimeError, EOFError, OSError, KeyError, TypeError, ValueError, pickle.UnpicklingError) as e:
         reason = (str(e).strip() or type(e).__name__).splitlines()[0][:100]
         raise UserError(f"{path} is not a whole checkpoint ({reason}): it is truncated or of another program") from None
     if found != (kind, FORMAT):

@@ -1,57 +1,874 @@
-"""python -m pytest -q test_spectralar.py"""
+"""Tests, each against an oracle: a formula, brute force, the uncached path, the uninterrupted run. CPU, no download.
+
+  python -m pytest -q test_spectralar.py
+"""
+import copy
 import math
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+from argparse import Namespace
+from dataclasses import fields
+from pathlib import Path
 
+import numpy as np
+import pytest
 import torch
+import torch.nn.functional as F
+from PIL import Image
 
-from spectralar import GPT, GPTConfig, SpectralTokenizer, TokenizerConfig, dct2, dct_matrix, idct2, low_pass
+import sample as sample_script
+import train_gpt
+import train_tokenizer
+from spectralar import (GPT, FailedRun, GPTConfig, SpectralTokenizer, TokenizerConfig, UserError, VectorQuantizer,
+                        additive, attention, band_edges, causal_mask, dct2, dct_matrix, decoder_mask, encoder_mask,
+                        fingerprint, guidance_scale, idct2, load_generator, load_gpt, load_tokenizer, low_pass,
+                        sample, save_checkpoint, uniforms)
+from train_tokenizer import (PRESETS, SHAPES, Cifar, Folder, Log, Shapes, batch_indices, center_crop, codebook_use,
+                             draw_levels, lr_at, make_optimizer, open_folder, psnr, reconstruction_loss, run,
+                             to_float, update_ema)
+
+torch.set_num_threads(1)                # tiny tensors: threads would only cost time
+P, N, K, D = 16, 6, 32, 32              # 16 px in patches of 4 px
 
 
-def tiny_tokenizer(**changes):
+def randomized(model):
+    """In eval mode, with no parameter left at zero: AdaLN and level embeddings start there, and would hide bugs."""
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.3 * torch.randn_like(p))
+    return model.eval()
+
+
+def tiny_tokenizer(num_tokens=N, flat=False):
     torch.manual_seed(0)
-    config = dict(image_size=16, patch_size=4, num_tokens=6, codebook_size=32, code_dim=4, width=32, depth=2, heads=4)
-    return SpectralTokenizer(TokenizerConfig(**{**config, **changes})).eval()
+    return randomized(SpectralTokenizer(TokenizerConfig(16, 4, num_tokens, K, 8, D, 2, 4, 1.0, flat)))
 
 
-def test_dct_matrix_is_its_definition():
-    C = dct_matrix(8, torch.float64)
-    for k in range(8):
-        for n in range(8):
-            scale = math.sqrt((1 if k == 0 else 2) / 8)
-            assert abs(C[k, n] - scale * math.cos(math.pi * k * (2 * n + 1) / 16)) < 1e-14
-
-
-def test_dct2_keeps_energy_and_inverts():
-    x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
-    torch.testing.assert_close(dct2(x).square().sum(), x.square().sum())
-    torch.testing.assert_close(idct2(dct2(x)), x)
-
-
-def test_low_pass_nests_and_is_exact_at_full_window():
-    x = torch.randn(2, 3, 8, 8)
-    torch.testing.assert_close(low_pass(low_pass(x, 5), 3), low_pass(x, 3), atol=1e-5, rtol=0)
-    assert torch.equal(low_pass(x, 8), x)
-
-
-def test_encoder_is_causal_bit_for_bit():
-    model, images = tiny_tokenizer(), torch.rand(2, 3, 16, 16)
-    before = model.encode_vectors(images)
-    model.queries.data[3] += 1
-    after = model.encode_vectors(images)
-    assert torch.equal(before[:, :3], after[:, :3]) and not torch.equal(before[:, 3:], after[:, 3:])
-
-
-def test_decoder_ignores_codes_beyond_the_level_bit_for_bit():
-    model, codes = tiny_tokenizer(), torch.randint(32, (2, 6))
-    changed = torch.cat([codes[:, :4], (codes[:, 4:] + 1) % 32], 1)
-    assert torch.equal(model.decode(codes, 4), model.decode(changed, 4))
-    assert not torch.equal(model.decode(codes, 5), model.decode(changed, 5))
-
-
-def test_generate_with_cache_equals_without():
+def tiny_gpt():
     torch.manual_seed(0)
-    gpt = GPT(GPTConfig(num_classes=3, num_tokens=6, codebook_size=32, width=32, depth=2, heads=4)).eval()
-    for p in gpt.parameters():
-        torch.nn.init.normal_(p, std=0.3)
-    labels, seeds = torch.arange(3), torch.arange(3)
-    for cfg in (1.0, 2.5):
-        assert torch.equal(gpt.generate(labels, cfg, seeds=seeds), gpt.generate(labels, cfg, seeds=seeds, cache=False))
+    return randomized(GPT(GPTConfig(10, N, K, D, 2, 4)))
+
+
+def noise(*shape, seed=0, dtype=torch.float32):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def some_codes(B, seed=0):
+    return torch.randint(K, (B, N), generator=torch.Generator().manual_seed(seed))
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# spectrum
+
+def test_dct2_equals_its_definition():
+    n, x = 5, noise(5, 5, dtype=torch.float64)
+    wave = lambda k, i: math.sqrt((2 if k else 1) / n) * math.cos(math.pi * (2 * i + 1) * k / (2 * n))
+    for u, v in np.ndindex(n, n):
+        expected = sum(x[i, j].item() * wave(u, i) * wave(v, j) for i in range(n) for j in range(n))
+        assert abs(dct2(x)[u, v] - expected) < 1e-12
+
+
+def test_dct2_equals_scipy():
+    x = torch.arange(16, dtype=torch.float64).view(4, 4) ** 2 % 7 / 4
+    expected = torch.tensor([                                           # scipy.fft.dctn(x, norm="ortho"), scipy 1.17.1
+        [1.8125, 0.264794639386959, -0.3125, -0.17733104339604602],
+        [0.014010672786498918, -0.5593592167691146, -0.5716212971334146, 0.21652913087920392],
+        [-0.1875, -0.23677329381396117, 0.4375, 0.5716212971334146],
+        [0.19714512686868438, -0.658470869120796, -0.23677329381396117, 0.05935921676911449]], dtype=torch.float64)
+    assert torch.allclose(dct2(x), expected, atol=1e-14)
+
+
+@pytest.mark.parametrize("n", [1, 7, 32])
+def test_dct_is_orthonormal_and_inverted(n):
+    C, x = dct_matrix(n, torch.float64), noise(2, 3, n, n, dtype=torch.float64)
+    assert torch.allclose(C @ C.T, torch.eye(n, dtype=torch.float64), atol=1e-13)
+    assert torch.allclose(dct2(x).square().sum(), x.square().sum(), rtol=1e-12)         # Parseval
+    assert torch.allclose(idct2(dct2(x)), x, atol=1e-12)
+
+
+def test_spectrum_stays_float32_under_autocast():
+    x = noise(2, 3, 16, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        spectrum, blurred = dct2(x), low_pass(x, 5)
+    assert torch.equal(spectrum, dct2(x)) and torch.equal(blurred, low_pass(x, 5))
+    assert low_pass(x.bfloat16(), 5).dtype == torch.float32
+
+
+def test_low_pass_is_idempotent_and_nested():
+    x = noise(2, 3, 16, 16, dtype=torch.float64)
+    for w1, w2 in ((1, 2), (3, 11), (5, 16), (7, 7)):
+        assert torch.allclose(low_pass(low_pass(x, w2), w1), low_pass(x, w1), atol=1e-12)
+
+
+def test_low_pass_keeps_the_mean_at_one_and_all_at_the_image_side():
+    x = noise(2, 3, 16, 16)
+    assert torch.equal(low_pass(x, 16), x)
+    assert torch.allclose(low_pass(x, 1), x.mean((2, 3), keepdim=True).expand_as(x), atol=1e-6)
+
+
+def test_low_pass_of_many_windows_equals_each_alone():
+    x, windows = noise(4, 3, 16, 16), [1, 5, 16, 12]
+    alone = torch.cat([low_pass(x[i:i + 1], w) for i, w in enumerate(windows)])
+    assert torch.allclose(low_pass(x, torch.tensor(windows)), alone, atol=1e-6)
+
+
+@pytest.mark.parametrize("num_tokens, size, power", [(16, 32, 1.5), (64, 256, 2), (1, 8, 3), (64, 9, 0.5), (64, 16, 4)])
+def test_band_edges_grow_from_one_to_the_image(num_tokens, size, power):
+    edges = band_edges(num_tokens, size, power)
+    assert edges.shape == (num_tokens,) and edges[0] >= 1 and edges[-1] == size and (edges.diff() >= 0).all()
+    expected = [size * ((i + 1) / num_tokens) ** power for i in range(num_tokens)]
+    assert all(e == 1 and w < 1 or abs(e - w) <= 0.5 for e, w in zip(edges.tolist(), expected))
+
+
+def test_band_edges_are_uniform_at_power_one():
+    assert band_edges(4, 32, 1).tolist() == [8, 16, 24, 32] and band_edges(4, 32, 2).tolist() == [2, 8, 18, 32]
+
+
+@pytest.mark.parametrize("num_tokens, power, named", [(65, 1, "64"), (4, 0, "power"), (4, -1, "power")])
+def test_band_edges_refuse_what_no_mapping_can_be(num_tokens, power, named):
+    with pytest.raises(UserError, match=named):
+        band_edges(num_tokens, 8, power)
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# masks and attention
+
+@pytest.mark.parametrize("flat, figure", [(False, False), (True, False), (False, True)])
+def test_encoder_mask_equals_brute_force(flat, figure):
+    p, n = 3, 4
+    for row, column in np.ndindex(p + n, p + n):
+        sees = flat or column < p or (figure if row < p else column <= row)
+        assert encoder_mask(p, n, flat, figure)[row, column] == sees
+
+
+@pytest.mark.parametrize("levels, flat", [([[4, 2, 1], [3, 3, 4]], False), ([[4], [2], [1]], False),
+                                          ([[4], [2], [1]], True)])
+def test_decoder_mask_equals_brute_force(levels, flat):
+    p, n = 3, 4
+    mask = decoder_mask(p, n, torch.tensor(levels), flat)
+    assert mask.shape == (len(levels), n + len(levels[0]) * p, n + len(levels[0]) * p)
+    for b, row, column in np.ndindex(*mask.shape):
+        group, other = (row - n) // p, (column - n) // p                # negative: a code
+        if flat:
+            sees = other >= 0 or column < levels[b][0]
+        elif group < 0:
+            sees = column <= row
+        else:
+            sees = group == other if other >= 0 else column < levels[b][group]
+        assert mask[b, row, column] == sees, (b, row, column)
+
+
+def test_attention_equals_pytorchs():
+    q, k, v = noise(3, 2, 4, 5, 8)
+    for mask in (None, additive(causal_mask(5), q)):
+        assert torch.allclose(attention(q, k, v, mask), F.scaled_dot_product_attention(q, k, v, mask), atol=1e-6)
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# quantizer
+
+def quantizer(codes=K, width=8):
+    torch.manual_seed(0)
+    vq = VectorQuantizer(codes, width)
+    torch.nn.init.normal_(vq.codebook)
+    vq.usage.fill_(1.0)                                                 # all alive
+    return vq
+
+
+def test_quantizer_finds_the_nearest_by_brute_force():
+    vq, z = quantizer().eval(), noise(50, 3, 8)
+    quantized, codes, loss = vq(z)
+    unit, table = F.normalize(z, dim=-1).double(), F.normalize(vq.codebook.detach(), dim=-1).double()
+    assert torch.equal(codes, (unit[:, :, None] - table).norm(dim=-1).argmin(-1))
+    assert torch.allclose(quantized.double(), table[codes], atol=1e-6)
+    assert torch.allclose(loss.double(), 1.25 * (unit - table[codes]).square().mean(), rtol=1e-5)
+
+
+def test_quantizer_passes_the_gradient_straight_through():
+    vq, z, w = quantizer().eval(), noise(5, 3, 8).requires_grad_(), noise(5, 3, 8, seed=1)
+    (vq(z)[0] * w).sum().backward()
+    length = z.detach().norm(dim=-1, keepdim=True)
+    unit = z.detach() / length
+    expected = (w - (w * unit).sum(-1, keepdim=True) * unit) / length   # that of (normalize(z) * w).sum()
+    assert torch.allclose(z.grad, expected, atol=1e-6) and vq.codebook.grad is None
+
+
+def test_quantizer_is_float32_under_autocast():
+    vq, z = quantizer(1024, 16).eval(), noise(200, 4, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        quantized, codes, loss = vq(z)
+    assert torch.equal(codes, vq(z)[1]) and torch.equal(quantized, vq(z)[0]) and loss.dtype == torch.float32
+
+
+@torch.no_grad()
+def test_encode_searches_in_float32_under_autocast():
+    """encode() once kept its search in bf16, and gave other codes than forward()."""
+    model, images = tiny_tokenizer(), noise(64, 3, 16, 16)
+    model.quantizer = quantizer(1024).eval()
+    with torch.autocast("cpu", torch.bfloat16):
+        codes = model.encode(images)
+        vectors, trained_on = model.encode_vectors(images), model(images, torch.full((64, 1), N))[1]
+    assert torch.equal(codes, trained_on) and torch.equal(codes, model.quantizer(vectors)[1])
+
+
+@torch.no_grad()
+def test_quantizer_revives_dead_codes_and_leaves_live_ones():
+    vq, axes = quantizer(4), torch.eye(8)
+    z = axes[:3].repeat(10, 1, 1) + 0.1 * noise(10, 3, 8)               # three clusters
+    vq.codebook.copy_(torch.cat([axes[:3], -axes[:1]]))                 # each with its code, and one that none chooses
+    rested, _, _ = vq.eval()(z)
+    assert torch.equal(vq.usage, torch.ones(4))
+    vq.train()
+    for step in range(100):
+        vq(z)
+        if vq.codebook[3, 0] != -1:
+            break
+    assert step == 59                                                   # 0.95^59 is the first below 5 %
+    assert (F.normalize(z, dim=-1) == vq.codebook[3]).all(-1).any()     # it is one of the vectors now, and in use
+    assert (vq(z)[1] == 3).any() and torch.equal(vq.codebook[:3], axes[:3])
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# tokenizer
+
+def test_patchify_is_in_raster_order_and_inverted():
+    model, images = tiny_tokenizer(), noise(2, 3, 16, 16)
+    assert torch.equal(model.patchify(images)[:, 5], images[:, :, 4:8, 4:8].flatten(1))
+    assert torch.equal(model.unpatchify(model.patchify(images)), images)
+
+
+@torch.no_grad()
+def disturbed(model, j):
+    """Vectors and codes of 32 images, before and after query j (from 0) is replaced."""
+    images = noise(32, 3, 16, 16)
+    before = model.encode_vectors(images), model.encode(images)
+    model.queries[j] = 3 * noise(D, seed=5)
+    return before, (model.encode_vectors(images), model.encode(images))
+
+
+@pytest.mark.parametrize("j", [1, 3, N - 1])
+def test_encoder_is_causal(j):
+    """A reshape where a permute is meant, or patches that see queries, leak later queries into earlier codes."""
+    (vectors, codes), (new_vectors, new_codes) = disturbed(tiny_tokenizer(), j)
+    assert torch.equal(vectors[:, :j], new_vectors[:, :j]) and torch.equal(codes[:, :j], new_codes[:, :j])
+    assert (vectors[:, j:] != new_vectors[:, j:]).any(-1).all()
+
+
+def test_encoder_leaks_with_the_figures_mask():
+    model = tiny_tokenizer()
+    model.encoder_bias = encoder_mask(P, N, figure=True)
+    (vectors, codes), (new_vectors, new_codes) = disturbed(model, N - 1)
+    assert (vectors != new_vectors).any(-1).all() and (codes[:, :-1] != new_codes[:, :-1]).any()
+
+
+@torch.no_grad()
+def test_shorter_tokenizer_gives_a_prefix_of_the_codes():
+    long, short, images = tiny_tokenizer(), tiny_tokenizer(num_tokens=4), noise(32, 3, 16, 16)
+    state = long.state_dict()
+    for name in ("queries", "code_pos", "level_embed"):
+        state[name] = state[name][:4]
+    short.load_state_dict(state)
+    assert torch.equal(short.encode(images), long.encode(images)[:, :4])
+    assert torch.allclose(short.encode_vectors(images), long.encode_vectors(images)[:, :4], atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("flat", [False, True])
+def test_decoder_level_ignores_later_codes(flat):
+    model, codes = tiny_tokenizer(flat=flat), some_codes(4)
+    for level in range(1, N + 1):
+        later = torch.cat([codes[:, :level], (codes[:, level:] + 1) % K], 1)
+        assert torch.equal(model.decode(codes, level), model.decode(later, level)), level
+        own = codes + (torch.arange(N) == level - 1)
+        assert not torch.equal(model.decode(codes, level), model.decode(own % K, level)), level
+        assert torch.allclose(low_pass(model.decode(codes, level), model.edges[level - 1]), model.decode(codes, level),
+                              atol=1e-5)                                # and it stays within its band
+
+
+@torch.no_grad()
+def test_decoder_levels_in_one_pass_equal_each_alone():
+    model, codes = tiny_tokenizer(), some_codes(4)
+    levels = torch.tensor([[6, 1], [6, 3], [6, 5], [2, 2]])
+    together = model.decode_vectors(model.quantizer.vectors(codes), levels)             # (4, 2, 3, 16, 16)
+    for b, g in np.ndindex(4, 2):
+        alone = model.decode(codes[b:b + 1], levels[b, g].item())[0]
+        assert torch.allclose(together[b, g], alone, atol=1e-5)
+        assert torch.allclose(model.decode(codes, levels[:, g])[b], alone, atol=1e-5)
+
+
+@torch.no_grad()
+def test_flat_tokenizer_sees_all():
+    (vectors, _), (new_vectors, _) = disturbed(tiny_tokenizer(flat=True), N - 1)
+    assert (vectors != new_vectors).any(-1).all()                       # the last query reaches every vector
+    model, codes, hidden = tiny_tokenizer(flat=True), some_codes(1), []
+    model.decoder[-1].register_forward_hook(lambda module, inputs, output: hidden.append(output[0]))
+    model.decode(codes), model.decode((codes + (torch.arange(N) == N - 1)) % K)
+    assert (hidden[0] != hidden[1]).any(-1).all()                       # the last code reaches every position
+
+
+def test_training_levels_and_loss_equal_their_definition():
+    torch.manual_seed(0)
+    drawn = draw_levels(500, N, False, "cpu")
+    assert (drawn[:, 0] == N).all() and set(drawn[:, 1].tolist()) == set(range(1, N))
+    assert draw_levels(2, N, True, "cpu").tolist() == [[N], [N]]
+    images, recon, levels = noise(3, 3, 8, 8), noise(3, 2, 3, 8, 8, seed=1), torch.tensor([[4, 1], [4, 2], [4, 3]])
+    expected = sum((recon[b, g] - low_pass(images[b:b + 1], 2 * levels[b, g].item())[0]).square().mean() / 3
+                   for b in range(3) for g in range(2))
+    assert torch.allclose(reconstruction_loss(recon, images, levels, band_edges(4, 8, 1)), expected, rtol=1e-5)
+
+
+def overfit(model, lr, steps, loss_of):
+    """The losses of some steps of AdamW."""
+    optimizer, losses = torch.optim.AdamW(model.parameters(), lr), []
+    for _ in range(steps):
+        loss = loss_of()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+def test_tokenizer_overfits_eight_images():
+    torch.manual_seed(0)
+    model = SpectralTokenizer(TokenizerConfig(16, 4, N, K, 8, 64, 2, 4, 1.0))
+    images = to_float(Shapes("train", 16).batch(torch.arange(8))[0])
+
+    def loss():
+        levels = draw_levels(8, N, False, "cpu")
+        recon, _, vq_loss = model(images, levels)
+        return reconstruction_loss(recon, images, levels, model.edges) + vq_loss
+    losses = overfit(model, 2e-3, 300, loss)
+    assert np.mean(losses[-10:]) < losses[0] / 12
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# generator
+
+@torch.no_grad()
+def test_gpt_is_causal():
+    model, codes, labels = tiny_gpt(), some_codes(4), torch.arange(4)
+    logits = model(codes, labels)
+    for i in range(N):
+        new = model((codes + (torch.arange(N) == i)) % K, labels)
+        assert torch.equal(new[:, :i + 1], logits[:, :i + 1])           # the logits at i are of code i
+        assert (new[:, i + 1:] != logits[:, i + 1:]).any(-1).all()
+    assert (model(codes, labels + 1) != logits).any(-1).all()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("first", [1, 3])                               # positions in the first pass, then one each
+def test_gpt_cached_logits_equal_uncached(first):
+    model, codes, labels = tiny_gpt(), some_codes(4), torch.arange(4)
+    x, modulations = model.embed(codes[:, :-1], labels), model.modulations(labels)
+    caches = torch.zeros(2, 2, 4, 4, N, 8)
+    logits = [model.logits(x[:, :first], modulations, caches, 0)]
+    logits += [model.logits(x[:, t:t + 1], modulations, caches, t) for t in range(first, N)]
+    assert torch.allclose(torch.cat(logits, 1), model(codes, labels), atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kept", [0, 1, 4, N])
+@pytest.mark.parametrize("cfg, schedule", [(1.0, "constant"), (0.0, "constant"), (3.0, "constant"), (3.0, "linear")])
+def test_generate_equals_its_definition(cfg, schedule, kept):
+    """The oracle runs the whole sequence again for each token, with and without the class."""
+    model, labels, seeds, prefix = tiny_gpt(), torch.arange(8), torch.arange(8) + 100, some_codes(8)[:, :kept]
+    expected = F.pad(prefix, (0, N - kept))
+    for t in range(kept, N):
+        c, u = (model(expected, y)[:, t] for y in (labels, torch.full_like(labels, 10)))
+        s = 1 + (cfg - 1) * t / (N - 1) if schedule == "linear" else cfg
+        expected[:, t] = sample(u + s * (c - u), uniforms(seeds, N)[:, t])
+    for cache in (True, False):
+        assert torch.equal(model.generate(labels, cfg, schedule, prefix=prefix, seeds=seeds, cache=cache), expected)
+
+
+def test_guidance_one_is_none_and_zero_is_unconditional():
+    model, labels, seeds = tiny_gpt(), torch.arange(10), torch.arange(10)
+    none, unconditional = model.generate(labels, seeds=seeds), model.generate(torch.full_like(labels, 10), seeds=seeds)
+    assert torch.equal(model.generate(labels, cfg=1, seeds=seeds), none)
+    assert torch.equal(model.generate(labels, cfg=0, seeds=seeds), unconditional)
+    assert not torch.equal(none, unconditional) and not torch.equal(none, model.generate(labels, cfg=4, seeds=seeds))
+
+
+def test_guidance_schedules_equal_their_formulas():
+    cosine = lambda r: 1 + (1 - math.cos(math.pi * r ** 2.75))
+    for schedule, s in (("constant", lambda r: 3), ("linear", lambda r: 1 + 2 * r), ("power-cosine", cosine)):
+        assert [guidance_scale(3.0, schedule, t, 17) for t in (0, 8, 16)] == pytest.approx([s(0), s(0.5), s(1)])
+    assert guidance_scale(3.0, "linear", 0, 1) == 1                     # one token alone: no division by zero
+    with pytest.raises(UserError, match="cubic"):
+        guidance_scale(3.0, "cubic", 0, 17)
+
+
+@torch.no_grad()
+def test_generate_with_top_k_one_is_greedy():
+    model, labels, codes = tiny_gpt(), torch.arange(8), torch.zeros(8, N, dtype=torch.long)
+    for t in range(N):
+        codes[:, t] = model(codes, labels)[:, t].argmax(-1)
+    assert torch.equal(model.generate(labels, top_k=1), codes)
+    assert torch.equal(model.generate(labels, temperature=0), codes)
+
+
+def frequencies(logits, **how):
+    """Share of each code over an even grid of random numbers."""
+    grid = (torch.arange(20_000).double() + 0.5) / 20_000
+    return torch.bincount(sample(logits.expand(20_000, -1), grid, **how), minlength=len(logits)) / 20_000
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_sample_frequencies_equal_probabilities(temperature):
+    logits = 2 * noise(12)
+    assert (frequencies(logits, temperature=temperature) - (logits / temperature).softmax(-1)).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("how, kept", [
+    (dict(top_k=2), [1, 3]), (dict(top_k=9), [0, 1, 2, 3, 4]), (dict(top_p=0.3), [1]), (dict(top_p=0.5), [1, 3]),
+    (dict(top_p=0.9), [0, 1, 3, 4]), (dict(top_p=1e-9), [1]), (dict(top_k=2, top_p=0.6), [1])])
+def test_sample_keeps_the_right_codes(how, kept):
+    p = torch.tensor([0.1, 0.4, 0.05, 0.25, 0.2])
+    expected = torch.zeros(5).index_copy(0, torch.tensor(kept), p[kept])
+    assert (frequencies(p.log(), **how) - expected / expected.sum()).abs().max() < 1e-3
+
+
+def test_uniforms_are_splitmix64():
+    mask, gamma = 2 ** 64 - 1, 0x9E3779B97F4A7C15
+
+    def mix(z):
+        z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 & mask
+        z = (z ^ (z >> 27)) * 0x94D049BB133111EB & mask
+        return z ^ (z >> 31)
+    assert mix(gamma) == 0xE220A8397B1DCDAF                             # the published first output of seed 0
+    seeds = [0, 1, 7, 2 ** 32 + 1, 2 ** 62, -3]
+    expected = [[(mix(mix(s & mask) + i * gamma & mask) >> 11) / 2 ** 53 for i in range(1, 6)] for s in seeds]
+    assert uniforms(torch.tensor(seeds), 5).tolist() == expected
+
+
+@torch.no_grad()
+def test_seed_gives_the_same_image_in_any_batch():
+    model, tokenizer = tiny_gpt(), tiny_tokenizer()
+    labels, seeds = torch.tensor([3, 1, 4, 1, 5]), torch.tensor([8, 9, 10, 11, 12])
+    together = model.generate(labels, cfg=2, seeds=seeds)
+    for order in ([2], [4, 2, 0], [1, 3]):
+        codes = model.generate(labels[order], cfg=2, seeds=seeds[order])
+        assert torch.equal(codes, together[order])
+        assert torch.allclose(tokenizer.decode(codes), tokenizer.decode(together)[order], atol=1e-5)
+    assert not torch.equal(together[1], together[3])                    # the same class, another seed
+
+
+@pytest.mark.parametrize("width, depth, expected, tolerance", [
+    (1024, 16, 309.6e6, 0.005), (1280, 20, 600e6, 0.1), (1536, 24, 1.0e9, 0.1), (1920, 30, 2.0e9, 0.1)])
+def test_gpt_has_the_papers_sizes(width, depth, expected, tolerance):
+    with torch.device("meta"):
+        model = GPT(GPTConfig(1000, 64, 4096, width, depth, depth))
+    assert sum(p.numel() for p in model.parameters()) == pytest.approx(expected, rel=tolerance)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_build(name):
+    preset = PRESETS[name]
+    sizes = [preset["gpt"][k] for k in ("width", "depth", "heads")]
+    with torch.device("meta"):
+        SpectralTokenizer(TokenizerConfig(**{f.name: preset[f.name] for f in fields(TokenizerConfig)}))
+        GPT(GPTConfig(10, preset["num_tokens"], preset["codebook_size"], *sizes))
+
+
+def test_gpt_overfits_eight_sequences():
+    torch.manual_seed(0)
+    model, codes, labels = GPT(GPTConfig(10, N, K, 64, 2, 4)), some_codes(8), torch.arange(8)
+    losses = overfit(model, 3e-3, 100, lambda: F.cross_entropy(model(codes, labels).flatten(0, 1), codes.flatten()))
+    assert losses[0] == pytest.approx(math.log(K), rel=0.1) and losses[-1] < 0.05
+    assert torch.equal(model.eval().generate(labels, top_k=1), codes)
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# data
+
+def test_shapes_are_a_pure_function_of_seed_split_and_index():
+    data = Shapes("train", 16)
+    images, labels = data.batch(torch.arange(40))
+    assert images.shape == (40, 3, 16, 16) and images.dtype == torch.uint8 and labels.tolist() == [*range(10)] * 4
+    for i in (31, 7, 0):
+        assert torch.equal(Shapes("train", 16).batch([i])[0][0], images[i])
+    assert torch.equal(data.batch([39, 2, 17])[0], images[[39, 2, 17]])
+    streams = [Shapes(split, 16, seed).batch(torch.arange(300))[0] for split in ("train", "val") for seed in (0, 1)]
+    assert len(torch.cat(streams).flatten(1).unique(dim=0)) == 4 * 300
+
+
+@pytest.mark.parametrize("n, batch_size", [(10, 4), (7, 7), (3, 8)])
+def test_batches_are_permutations_and_pure(n, batch_size):
+    batches = [batch_indices(n, batch_size, step, seed=3) for step in range(2 * n)]
+    epochs = torch.cat(batches)[:2 * batch_size * n].view(-1, n)
+    assert (epochs.sort(1).values == torch.arange(n)).all() and len(epochs.unique(dim=0)) > 1
+    for step in (2 * n - 1, 3, 0):
+        assert torch.equal(batch_indices(n, batch_size, step, seed=3), batches[step])
+    assert not torch.equal(torch.cat([batch_indices(n, batch_size, s, 4) for s in range(2 * n)]), torch.cat(batches))
+
+
+@pytest.mark.parametrize("name, folder, train, val, names, head", [
+    ("cifar10", "cifar-10-batches-bin", [f"data_batch_{i}.bin" for i in range(1, 6)], "test_batch.bin",
+     "batches.meta.txt", 1),
+    ("cifar100", "cifar-100-binary", ["train.bin"], "test.bin", "fine_label_names.txt", 2)])    # a coarse label first
+def test_cifar_reads_the_official_layout(name, folder, train, val, names, head, tmp_path):
+    root, rng = tmp_path / folder, np.random.default_rng(0)
+    root.mkdir()
+    records = rng.integers(0, 10, (4 * len(train), head + 3072), np.uint8)
+    for f, part in zip(train + [val], [*np.split(records, len(train)), records[:2]]):
+        part.tofile(root / f)
+    (root / names).write_text("".join(f"name{i}\n" for i in range(10)) + "\n")
+    for data_dir in (tmp_path, root):
+        data = Cifar(name, "train", data_dir, 32)
+        images, labels = data.batch([3, 1])
+        assert (len(data), len(Cifar(name, "val", data_dir, 32))) == (len(records), 2)
+        assert labels.tolist() == records[[3, 1], head - 1].tolist() and data.class_names[9] == "name9"
+        assert images[0, 2, 5, 30] == records[3, head + 2 * 1024 + 5 * 32 + 30]         # planes, row by row
+    (root / train[-1]).write_bytes(b"short")
+    with pytest.raises(UserError, match="5 bytes"):
+        Cifar(name, "train", tmp_path, 32)
+
+
+def write_images(folder, count):
+    folder.mkdir(parents=True, exist_ok=True)
+    for i in range(count):
+        Image.new("RGB", (20, 24), (i, 100, 200)).save(folder / f"{i:03d}.png")
+    return folder
+
+
+def test_folder_split_is_disjoint_and_covers_all(tmp_path):
+    write_images(tmp_path / "b", 30), write_images(tmp_path / "a" / "deeper", 10)
+    train, val = open_folder(tmp_path, 16, 2)
+    assert train.class_names == val.class_names == ["a", "b"] and len(val) == 2
+    assert not set(train.files) & set(val.files) and set(train.files) | set(val.files) == set(tmp_path.rglob("*.png"))
+    assert [train.class_names[c] for c in train.labels] == [f.relative_to(tmp_path).parts[0] for f in train.files]
+    assert open_folder(tmp_path, 16, 1)[1].files == val.files
+    images, labels = train.batch([5, 0])
+    assert images.shape == (2, 3, 16, 16) and torch.equal(labels, train.labels[[5, 0]])
+    assert images[0, :, 3, 3].tolist() == [int(train.files[5].stem), 100, 200]
+
+
+def test_folder_with_train_and_val_must_agree(tmp_path):
+    write_images(tmp_path / "train" / "cat", 3), write_images(tmp_path / "val" / "cat", 2)
+    assert [len(part) for part in open_folder(tmp_path, 16, 1)] == [3, 2]
+    write_images(tmp_path / "val" / "dog", 1)
+    with pytest.raises(UserError, match="1 classes in train and 2 in val.*dog"):
+        open_folder(tmp_path, 16, 1)
+
+
+def test_folder_names_what_it_cannot_decode_and_stops_above_one_in_a_thousand(tmp_path, capsys):
+    good, cut, text = write_images(tmp_path, 1) / "000.png", tmp_path / "cut.png", tmp_path / "text.png"
+    cut.write_bytes(good.read_bytes()[:40])
+    text.write_text("no image")
+    data = Folder({"a": [cut] + [good] * 998 + [text]}, 16, 1)
+    images, _ = data.batch([0, 1, 0])
+    assert torch.equal(images[0], images[1]) and torch.equal(images[2], images[1])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 1 and "cut.png" in lines[0]                    # named once, however often it is drawn
+    with pytest.raises(UserError, match="2 of 1000"):
+        data.batch([999])
+
+
+def test_center_crop_gives_the_middle_at_the_size():
+    for size in ((16, 16), (33, 47), (1001, 37), (5, 9), (64, 33), (31, 17)):
+        assert center_crop(Image.new("RGB", size), 16).size == (16, 16), size
+    pixels = np.random.default_rng(0).integers(0, 256, (16, 48, 3), np.uint8)
+    assert np.array_equal(np.array(center_crop(Image.fromarray(pixels), 16)), pixels[:, 16:32])
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# run helpers
+
+def test_lr_at_equals_its_formula():
+    args = Namespace(lr=2.0, warmup=10, hold=0.5, steps=110)
+    assert [lr_at(s, args) for s in (0, 4, 9)] == pytest.approx([0.2, 1.0, 2.0])        # (step + 1) / warmup
+    assert [lr_at(s, args) for s in (10, 30, 55)] == [2.0, 2.0, 2.0]
+    assert [lr_at(s, args) for s in (82.5, 110, 200)] == pytest.approx([1.1, 0.2, 0.2])
+    args.hold = 0.0
+    assert lr_at(60, args) == pytest.approx(1.1)                        # halfway from warm-up to the end
+
+
+def test_update_ema_equals_its_closed_form():
+    model = torch.nn.BatchNorm1d(2)                                     # parameters, float buffers and an integer one
+    ema, expected = copy.deepcopy(model), 0.0
+    for step in range(30):
+        torch.nn.init.constant_(model.bias, step)
+        model.running_mean.fill_(step), model.num_batches_tracked.fill_(step)
+        update_ema(ema, model, 0.6, step)
+        decay = min(0.6, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * step
+    assert ema.bias.tolist() == ema.running_mean.tolist() == pytest.approx([expected] * 2)
+    assert ema.num_batches_tracked == 29
+
+
+@pytest.mark.parametrize("model", [tiny_tokenizer(), tiny_gpt()])
+def test_optimizer_holds_every_parameter_once(model):
+    groups = make_optimizer(model, Namespace(lr=1e-3, betas=(0.9, 0.99), weight_decay=0.1)).param_groups
+    held = [id(p) for g in groups for p in g["params"]]
+    assert len(held) == len(set(held)) and set(held) == {id(p) for p in model.parameters()}
+    decayed = {id(p) for g in groups if g["weight_decay"] for p in g["params"]}
+    assert decayed == {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Linear)}
+
+
+def test_psnr_equals_numpys():
+    a, b = noise(2, 4, 3, 8, 8).clamp(-1, 1)
+    as_bytes = lambda x: np.rint((x.numpy().astype(np.float64) + 1) * 127.5)
+    error = ((as_bytes(a) - as_bytes(b)) ** 2).mean((1, 2, 3))
+    assert np.allclose(psnr(a, b).numpy(), 10 * np.log10(255 ** 2 / error), atol=1e-3)
+
+
+def test_codebook_use_by_hand():
+    used, perplexity, by_position = codebook_use(torch.tensor([[0, 0], [0, 1], [1, 1], [1, 1]]), 4)
+    of = lambda *p: math.exp(-sum(x * math.log(x) for x in p))
+    assert used == 0.5 and perplexity == pytest.approx(of(3 / 8, 5 / 8))
+    assert by_position == pytest.approx([of(1 / 2, 1 / 2), of(1 / 4, 3 / 4)])
+
+
+def test_log_does_without_git(tmp_path, monkeypatch):
+    """Slim containers have no git: the run must start all the same."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    Log(tmp_path / "log.jsonl", Namespace(resume=False, device="cpu"), tiny_gpt())
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# checkpoints
+
+def test_checkpoint_round_trip(tmp_path):
+    model, path = tiny_tokenizer(), tmp_path / "tokenizer.pt"
+    content = dict(config=vars(model.config), model=model.state_dict(), step=3)
+    save_checkpoint(path, "tokenizer", **content)
+    assert torch.load(path, weights_only=True)["step"] == 3 and list(tmp_path.iterdir()) == [path]
+    assert not load_tokenizer(path).training and fingerprint(load_tokenizer(path)) == fingerprint(model)
+    save_checkpoint(path, "tokenizer", ema=dict(model.state_dict(), queries=model.queries + 1), **content)
+    assert torch.equal(load_tokenizer(path).queries, model.queries + 1)                 # the averaged weights win
+    assert fingerprint(load_tokenizer(path)) != fingerprint(model)
+
+
+@pytest.mark.parametrize("damage", [
+    lambda b: b"", lambda b: b[:100], lambda b: b[:len(b) // 2], lambda b: b[:-1], lambda b: b"hello world\n",
+    lambda b: b"\x89PNG\r\n\x1a\n", lambda b: b"\x80\x02X\x03\x00\x00\x00\xcf\xcf\xcf."])
+def test_checkpoint_that_is_damaged_is_told_in_one_line(damage, tmp_path):
+    path = tmp_path / "tokenizer.pt"
+    save_checkpoint(path, "tokenizer", model=tiny_tokenizer().state_dict())
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(UserError, match=r"^[^\n]*is not a whole checkpoint[^\n]*$"):
+        load_tokenizer(path)
+
+
+def test_checkpoint_of_another_kind_or_format_or_none_is_told(tmp_path):
+    path = tmp_path / "tokenizer.pt"
+    save_checkpoint(path, "tokenizer", model={})
+    with pytest.raises(UserError, match="holds a tokenizer of format 1, not a gpt"):
+        load_gpt(path)
+    with pytest.raises(UserError, match="absent.pt does not exist"):
+        load_tokenizer(tmp_path / "absent.pt")
+    torch.save(dict(kind="tokenizer", format=99), path)
+    with pytest.raises(UserError, match="format 99"):
+        load_tokenizer(path)
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("write failed\nat zip.cc:1")])
+def test_save_that_fails_leaves_the_old_checkpoint(error, tmp_path, monkeypatch):
+    path = tmp_path / "gpt.pt"
+    save_checkpoint(path, "gpt", step=1)
+    before = path.read_bytes()
+
+    def half(content, target):
+        Path(target).write_bytes(before[:100])
+        raise error
+    monkeypatch.setattr(torch, "save", half)
+    with pytest.raises(FailedRun, match=r"^[^\n]*$"):
+        save_checkpoint(path, "gpt", step=2)
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# the scripts, end to end
+
+COMMON = "--steps 6 --batch-size 8 --width 32 --depth 2 --heads 4 --warmup 2 --eval-images 16"
+FLAGS = {train_tokenizer: COMMON + " --image-size 16 --patch-size 4 --num-tokens 6 --codebook-size 32 --code-dim 8",
+         train_gpt: COMMON + " --code-images 64", sample_script: "--seed 1"}
+TRAINING = pytest.mark.parametrize("script, kind", [(train_tokenizer, "tokenizer"), (train_gpt, "gpt")])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_benchmark():
+    """The scripts time matrix products to choose their dtype: here both are as fast, so float32."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_tokenizer, "matmul_speed", lambda *_: 1e12)
+        yield
+
+
+def call(script, out, flags=""):
+    """A script as from the command line, with pytest's own signal handlers put back."""
+    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    words = shlex.split(f"{FLAGS[script]} --device cpu --out {shlex.quote(str(out))} {flags}")
+    try:
+        run(script.main, script.parse_args(words))
+    finally:
+        for s, handler in handlers.items():
+            signal.signal(s, handler)
+
+
+def error_of(capsys, script, out, flags="", code=2):
+    """What a refused command prints on stderr: one line, after argparse's usage if that refused it."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as e:
+        call(script, out, flags)
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert e.value.code == code and (len(lines) == 1 or lines[0].startswith("usage:"))
+    return lines[-1]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The folder of a whole tiny run. Tests that change it take a copy."""
+    out = tmp_path_factory.mktemp("run") / "out"
+    for script in (train_tokenizer, train_gpt, sample_script):
+        call(script, out)
+    return out
+
+
+@pytest.fixture
+def a_copy(trained, tmp_path):
+    return shutil.copytree(trained, tmp_path / "out")
+
+
+@torch.no_grad()
+def test_scripts_run_end_to_end(trained):
+    assert {f.name for f in trained.iterdir()} == {"tokenizer.pt", "gpt.pt", "codes.npz", "log-tokenizer.jsonl",
+                                                   "log-gpt.jsonl", "recon.png", "samples.png"}
+    tokenizer, (gpt, carried, names) = load_tokenizer(trained / "tokenizer.pt"), load_generator(trained / "gpt.pt")
+    assert fingerprint(tokenizer) == fingerprint(carried) and names == list(SHAPES)
+    assert gpt.config == GPTConfig(10, N, K, D, 2, 4)
+    images, labels = Shapes("train", 16).batch(torch.arange(64))
+    views = torch.stack([tokenizer.encode(to_float(x)) for x in (images, images.flip(-1))])
+    with np.load(trained / "codes.npz") as cache:
+        assert np.array_equal(cache["train_codes"], views) and np.array_equal(cache["train_labels"], labels)
+        assert cache["train_codes"].dtype == np.uint16
+
+
+def test_sample_draws_what_it_is_asked_for_from_gpt_pt_alone(trained, tmp_path):
+    shutil.copy(trained / "gpt.pt", tmp_path)
+    cell = 64 + 2                                                       # 16 px four times enlarged, and the gap
+    for flags, name, rows, columns, head in (("", "samples", 10, 8, 2), ("--progressive", "progressive", 10, 4, 20),
+                                             ("--classes 3 7 --num 6 --top-k 5", "samples", 2, 3, 2)):
+        call(sample_script, tmp_path, flags)
+        width, height = Image.open(tmp_path / f"{name}.png").size
+        assert height == head + rows * cell and 0 < width - columns * cell < 100        # beside the class names
+
+
+def test_sample_is_the_same_for_any_batch_size(a_copy):
+    pictures = []
+    for flags in ("--batch-size 64", "--batch-size 3", "--batch-size 3 --seed 2"):
+        call(sample_script, a_copy, f"--num 7 {flags}")
+        pictures.append(np.array(Image.open(a_copy / "samples.png")).astype(int))
+    assert abs(pictures[0] - pictures[1]).max() <= 1 and abs(pictures[0] - pictures[2]).max() > 10
+
+
+@TRAINING
+def test_resume_is_exact(script, kind, trained, a_copy, monkeypatch):
+    """A run stopped by SIGTERM in its third step and resumed ends bit for bit where an uninterrupted one does."""
+    path, seed_step = a_copy / f"{kind}.pt", script.seed_step
+    path.unlink()
+
+    def stop(seed, step):
+        seed_step(seed, step)
+        if step == 2:
+            assert callable(signal.getsignal(signal.SIGTERM))           # or the signal would end pytest
+            os.kill(os.getpid(), signal.SIGTERM)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as e:
+        patch.setattr(script, "seed_step", stop)
+        call(script, a_copy)
+    assert e.value.code == 1 and torch.load(path, weights_only=True)["step"] == 3
+    torch.manual_seed(12345)                                            # whatever state the new process is in
+    call(script, a_copy, "--resume")
+    whole, resumed = (torch.load(folder / path.name, weights_only=True) for folder in (trained, a_copy))
+    for part in ("model", "ema"):
+        assert all(torch.equal(whole[part][k], resumed[part][k]) for k in whole[part])
+    for i, state in whole["optimizer"]["state"].items():
+        assert all(torch.equal(state[k], resumed["optimizer"]["state"][i][k]) for k in state)
+
+
+@TRAINING
+def test_run_does_not_replace_a_checkpoint_unasked(script, kind, a_copy, capsys):
+    path = a_copy / f"{kind}.pt"
+    before = path.read_bytes()
+    for flags, message in (("", "--resume goes on from it, --overwrite replaces it"), ("--resume", "6 steps"),
+                           ("--resume --overwrite", "choose one"), ("--resume --steps 9 --width 64", "width")):
+        line = error_of(capsys, script, a_copy, flags)
+        assert line.startswith("error: ") and message in line and path.read_bytes() == before
+    call(script, a_copy, "--overwrite --seed 5")
+    assert path.read_bytes() != before
+
+
+def test_codes_of_another_tokenizer_are_refused(a_copy, capsys):
+    checkpoint = torch.load(a_copy / "tokenizer.pt", weights_only=True)
+    checkpoint["ema"]["patch_pos"] += 1
+    torch.save(checkpoint, a_copy / "tokenizer.pt")
+    old, new = (fingerprint(m) for m in (load_generator(a_copy / "gpt.pt")[1], load_tokenizer(a_copy / "tokenizer.pt")))
+    line = error_of(capsys, train_gpt, a_copy, "--resume --steps 9")    # those that the generator learned
+    assert line.startswith("error: ") and old in line and new in line and "--overwrite" in line
+    (a_copy / "gpt.pt").unlink()
+    line = error_of(capsys, train_gpt, a_copy)                          # those in the cache
+    assert line.startswith("error: ") and old in line and new in line and "codes.npz" in line
+    call(train_gpt, a_copy, "--overwrite")
+    assert fingerprint(load_generator(a_copy / "gpt.pt")[1]) == new
+
+
+@pytest.mark.parametrize("script, flags, message", [
+    (train_tokenizer, "--data {tmp}/absent", "absent is not a folder"),
+    (train_tokenizer, "--data {tmp}/classes", "empty has 0 images"),
+    (train_tokenizer, "--data {tmp}/classes/full", "1 image"),
+    (train_tokenizer, "--image-size 30", "image side 30 is not divisible by patch side 4"),
+    (train_tokenizer, "--heads 5", "width 32 is not divisible by 5 heads"),
+    (train_tokenizer, "--num-tokens 257", "257 tokens for the 256 frequencies"),
+    (train_tokenizer, "--resume", "nothing to resume"),
+    (train_tokenizer, "--steps 0", "--steps is 0"),
+    (train_tokenizer, "--patch-size 0", "patch"),
+    (train_tokenizer, "--num-tokens 0", "tokens"),
+    (train_tokenizer, "--device cuda:99", "cuda:99"),
+    (train_tokenizer, "--out {tmp}/classes/full/000.png", "000.png"),
+    (train_gpt, "", "tokenizer.pt does not exist"),
+    (train_gpt, "--out {tmp}/broken-tokenizer.pt", "tokenizer.pt is not a whole checkpoint"),
+    (train_gpt, "--out {tmp}/broken-codes.npz", "codes.npz/codes.npz"),
+    (sample_script, "", "gpt.pt does not exist"),
+    (sample_script, "--out {tmp}/broken-gpt.pt", "gpt.pt is not a whole checkpoint"),
+    (sample_script, "--out {trained} --classes 10", "class 10 is outside 0 .. 9, the model's 10 classes"),
+    (sample_script, "--out {trained} --classes 3 -1", "class -1 is outside 0 .. 9"),
+    (sample_script, "--out {trained} --top-p 0", "--top-p is 0")])
+def test_bad_input_is_told_in_one_line(script, flags, message, trained, tmp_path, capsys):
+    write_images(tmp_path / "classes" / "full", 1), (tmp_path / "classes" / "empty").mkdir()
+    for name in ("tokenizer.pt", "gpt.pt", "codes.npz"):
+        folder = tmp_path / f"broken-{name}"
+        folder.mkdir()
+        shutil.copy(trained / "tokenizer.pt", folder)
+        (folder / name).write_bytes((trained / name).read_bytes()[:3000])
+    line = error_of(capsys, script, tmp_path / "out", flags.format(tmp=tmp_path, trained=trained))
+    assert "error: " in line and message in line and not list((tmp_path / "out").glob("*.pt"))
+
+
+def test_run_that_diverges_names_the_term(tmp_path, capsys):
+    line = error_of(capsys, train_tokenizer, tmp_path, "--lr 1e30 --log-every 1", code=1)
+    assert re.match("failed: (loss|rec|vq|norm) is (nan|inf) by step [1-6]", line) and not list(tmp_path.glob("*.pt"))
+
+
+def test_command_line_ends_with_its_exit_code(tmp_path):
+    command = [sys.executable, "sample.py", "--out", str(tmp_path / "absent")]
+    done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1
+
+
+def test_readme_and_docstring_commands_parse():
+    readme = (Path(__file__).parent / "README.md").read_text()
+    blocks = re.findall(r"^```[^\n]*\n(.*?)^```", readme, re.M | re.S)
+    scripts = {"train_tokenizer.py": train_tokenizer, "train_gpt.py": train_gpt, "sample.py": sample_script}
+    indented = re.findall(r"^  (python .*)", "\n".join(s.__doc__ for s in scripts.values()), re.M)
+    for text, least in (("\n".join(blocks), 3), ("\n".join(indented), 8)):
+        parts = [part for line in text.splitlines() for part in re.split("&&|#.*", line)]
+        found = [words for words in map(str.split, parts) if words[:1] == ["python"] and words[1] in scripts]
+        assert len(found) >= least and {words[1] for words in found} == set(scripts)
+        for words in found:
+            scripts[words[1]].parse_args(words[2:])

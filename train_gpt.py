@@ -10,6 +10,7 @@ import copy
 import math
 import os
 import time
+import zipfile
 from dataclasses import asdict
 
 import numpy as np
@@ -46,8 +47,11 @@ def cached_codes(tokenizer, train, val, args, dtype):
     tag = dict(tokenizer=fingerprint(tokenizer), data=args.data, images=str(count), held_out=str(held_out),
                dtype=args.dtype)
     if path.exists() and not args.overwrite:
-        with np.load(path, allow_pickle=False) as file:
-            cache = dict(file)
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                cache = dict(file)
+        except (OSError, ValueError, zipfile.BadZipFile) as e:
+            raise UserError(f"{path} is not a whole file of codes ({e}): --overwrite encodes again") from None
         for k, v in tag.items():
             if str(cache.get(k)) != v:
                 raise UserError(f"{path} holds codes with {k} {cache.get(k)}, this run has {k} {v}: "

@@ -419,6 +419,10 @@ def finish_args(parser, args):
     for flag in ("steps", "batch_size", "log_every", "eval_every", "save_every"):
         if getattr(args, flag, 1) < 1:
             parser.error(f"--{flag.replace('_', '-')} is {getattr(args, flag)}: it must be at least 1")
+    try:
+        torch.empty(1, device=args.device)
+    except (RuntimeError, AssertionError) as e:
+        parser.error(f"--device {args.device}: {str(e).splitlines()[0]}")
     name = args.data if args.data in ("shapes", *CIFAR) else Path(args.data).resolve().name
     args.out = Path(args.out or Path("out") / name)
     return args
@@ -437,13 +441,17 @@ def run(main, args):
 
 
 def new_run(path, args):
-    """Refuse to overwrite a checkpoint unasked, or to resume from none."""
+    """Make the run's folder; refuse to overwrite a checkpoint unasked, or to resume from none."""
     if args.resume and args.overwrite:
         raise UserError("--resume and --overwrite exclude each other: choose one")
     if args.resume and not path.exists():
         raise UserError(f"{path} does not exist, so there is nothing to resume: leave --resume out, or correct --out")
     if path.exists() and not (args.resume or args.overwrite):
         raise UserError(f"{path} exists: --resume goes on from it, --overwrite replaces it, --out takes another folder")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise UserError(f"cannot make the folder {path.parent} ({e.strerror}): choose another --out") from None
 
 
 def matmul_speed(device, dtype, n=1024):
@@ -531,10 +539,12 @@ class Log:
     """Log lines on the screen, the same fields as JSON lines in a file; the first record says what ran, and where."""
 
     def __init__(self, path, args, model):
-        path.parent.mkdir(parents=True, exist_ok=True)
         self.file = open(path, "a" if args.resume else "w", buffering=1)
-        commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True,
-                                cwd=Path(__file__).parent).stdout.strip()
+        try:
+            commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True,
+                                    cwd=Path(__file__).parent).stdout.strip()
+        except OSError:                                                     # no git here
+            commit = ""
         config = plain(args)
         parameters = sum(p.numel() for p in model.parameters())
         self.write(command=" ".join(sys.argv), config=config, model=asdict(model.config), parameters=parameters,
