@@ -664,6 +664,9 @@ def test_checkpoint_of_another_kind_or_format_or_none_is_told(tmp_path):
         load_gpt(path)
     with pytest.raises(UserError, match="absent.pt does not exist"):
         load_tokenizer(tmp_path / "absent.pt")
+    torch.save(dict(kind="tokenizer", format=1, config=tmp_path), path)                 # a pickle that runs code
+    with pytest.raises(UserError, match="not a whole checkpoint"):
+        load_tokenizer(path)
     torch.save(dict(kind="tokenizer", format=99), path)
     with pytest.raises(UserError, match="format 99"):
         load_tokenizer(path)
@@ -816,6 +819,16 @@ def test_codes_of_another_tokenizer_are_refused(a_copy, capsys):
     assert line.startswith("error: ") and old in line and new in line and "codes.npz" in line
     call(train_gpt, a_copy, "--overwrite")
     assert fingerprint(load_generator(a_copy / "gpt.pt")[1]) == new
+
+
+def test_training_uses_the_mirror_images(trained, a_copy):
+    with np.load(a_copy / "codes.npz") as file:
+        cache = dict(file)
+    cache["train_codes"][1] = (cache["train_codes"][1] + 1) % K
+    np.savez(a_copy / "codes.npz", **cache)
+    (a_copy / "gpt.pt").unlink()
+    call(train_gpt, a_copy)
+    assert not torch.equal(load_gpt(a_copy / "gpt.pt").pos, load_gpt(trained / "gpt.pt").pos)
 
 
 @pytest.mark.parametrize("script, flags, message", [
