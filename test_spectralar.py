@@ -522,9 +522,9 @@ def test_cifar_reads_the_official_layout(name, folder, train, val, names, head, 
     (root / names).write_text("".join(f"name{i}\n" for i in range(10)) + "\n")
     for data_dir in (tmp_path, root):
         data = Cifar(name, "train", data_dir, 32)
-        images, labels = data.batch([3, 1])
+        images, labels = data.batch([3, 1, 0, 2])
         assert (len(data), len(Cifar(name, "val", data_dir, 32))) == (len(records), 2)
-        assert labels.tolist() == records[[3, 1], head - 1].tolist() and data.class_names[9] == "name9"
+        assert labels.tolist() == records[[3, 1, 0, 2], head - 1].tolist() and data.class_names[9] == "name9"
         assert images[0, 2, 5, 30] == records[3, head + 2 * 1024 + 5 * 32 + 30]         # planes, row by row
     (root / train[-1]).write_bytes(b"short")
     with pytest.raises(UserError, match="5 bytes"):
@@ -829,6 +829,15 @@ def test_training_uses_the_mirror_images(trained, a_copy):
     (a_copy / "gpt.pt").unlink()
     call(train_gpt, a_copy)
     assert not torch.equal(load_gpt(a_copy / "gpt.pt").pos, load_gpt(trained / "gpt.pt").pos)
+
+
+@pytest.mark.parametrize("drop, untouched", [(0, slice(10, 11)), (1, slice(0, 10))])
+def test_dropped_labels_train_the_row_without_a_class(drop, untouched, a_copy):
+    call(train_gpt, a_copy, f"--overwrite --label-drop {drop}")
+    torch.manual_seed(0)
+    start, end = GPT(GPTConfig(10, N, K, D, 2, 4)), torch.load(a_copy / "gpt.pt", weights_only=True)["model"]
+    same = (start.class_embed.weight == end["class_embed.weight"]).all(1)
+    assert same[untouched].all() and same.sum() == len(same[untouched])
 
 
 @pytest.mark.parametrize("script, flags, message", [
