@@ -40,10 +40,10 @@ from spectralar import (FailedRun, SpectralTokenizer, TokenizerConfig, UserError
 
 PRESETS = {
     "shapes": dict(      # minutes on a laptop CPU
-        image_size=32, patch_size=4, num_tokens=16, codebook_size=512, code_dim=16, width=128, depth=3, heads=4,
+        image_size=32, patch_size=4, num_tokens=16, codebook_size=512, code_dim=16, width=128, depth=4, heads=4,
         power=1.5, flat=False,
-        steps=1500, batch_size=32, lr=2e-3, betas=(0.9, 0.99), weight_decay=1e-4, warmup=100, hold=0.0, clip=1.0,
-        ema=0.99, eval_every=500, eval_images=512,
+        steps=5000, batch_size=16, lr=1.5e-3, betas=(0.9, 0.99), weight_decay=1e-4, warmup=100, hold=0.0, clip=1.0,
+        ema=0.995, eval_every=1000, eval_images=512,
         gpt=dict(width=192, depth=4, heads=6, steps=1500, batch_size=64, lr=1e-3, betas=(0.9, 0.95), weight_decay=0.05,
                  warmup=100, hold=0.5, clip=2.0, ema=0.99, label_drop=0.1, code_images=20000, eval_every=500)),
     "cifar": dict(       # an hour or two on a CPU, minutes on a GPU
@@ -131,11 +131,11 @@ class Shapes:
         X, Y = axis[None, None, :], axis[None, :, None]
         column = lambda values: values.astype(np.float32)[:, None, None]                    # (B,) -> (B, 1, 1)
 
-        # the shape's own frame: centre, rotation within 20 degrees (either way round for the crescent), radius
+        # the shape's own frame: centre, rotation within 15 degrees (either way round for the crescent), radius
         turned = (labels.numpy() == SHAPES.index("crescent")) & (u[:, 1] < 0.5)
-        angle = (u[:, 0] - 0.5) * np.pi * 2 / 9 + np.pi * turned
-        radius = column(0.56 + 0.22 * u[:, 2])
-        dx, dy = X - column(0.36 * u[:, 3] - 0.18), Y - column(0.36 * u[:, 4] - 0.18)
+        angle = (u[:, 0] - 0.5) * np.pi / 6 + np.pi * turned
+        radius = column(0.64 + 0.16 * u[:, 2])
+        dx, dy = X - column(0.24 * u[:, 3] - 0.12), Y - column(0.24 * u[:, 4] - 0.12)
         x = (dx * column(np.cos(angle)) + dy * column(np.sin(angle))) / radius              # (B, S, S)
         y = (dy * column(np.cos(angle)) - dx * column(np.sin(angle))) / radius
 
