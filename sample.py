@@ -13,6 +13,31 @@ from spectralar import UserError, load_generator
 from train_tokenizer import base_parser, finish_args, run, save_grid, spread_levels, to_uint8
 
 
+def add_sampling_flags(parser):
+    """Flags of all that samples: sample.py, evaluate.py generation."""
+    add = parser.add_argument_group("sampling").add_argument
+    add("--cfg", type=float, default=2.0, help="guidance: 1 = none, 0 = unconditional")
+    add("--cfg-schedule", choices=("constant", "linear", "power-cosine"), default="constant",
+        help="guidance over the tokens")
+    add("--temperature", type=float, default=1.0, help="of the logits; 0 = the likeliest code")
+    add("--top-k", type=int, default=0, help="sample among the k likeliest codes, 0 = all")
+    add("--top-p", type=float, default=1.0, help="sample among the likeliest codes of this joint probability")
+
+
+def check_sampling_flags(parser, args):
+    for wrong, what in ((args.num is not None and args.num < 1, f"--num is {args.num}: it must be at least 1"),
+                        (args.temperature < 0, f"--temperature is {args.temperature}: it must be at least 0"),
+                        (args.top_k < 0, f"--top-k is {args.top_k}: it must be at least 0"),
+                        (not 0 < args.top_p <= 1, f"--top-p is {args.top_p}: it must be above 0 and at most 1")):
+        if wrong:
+            parser.error(what)
+
+
+def sampling(args):
+    """How to sample, as arguments of GPT.generate."""
+    return {k: getattr(args, k) for k in ("cfg", "cfg_schedule", "temperature", "top_k", "top_p")}
+
+
 def parse_args(argv=None):
     parser, _ = base_parser(__doc__, argv)
     add = parser.add_argument_group("samples").add_argument
@@ -21,20 +46,9 @@ def parse_args(argv=None):
     add("--progressive", action=argparse.BooleanOptionalAction, default=False,
         help="one row an image, more tokens from left to right")
     add("--batch-size", type=int, default=64, help="images sampled at a time")
-    add = parser.add_argument_group("sampling").add_argument
-    add("--cfg", type=float, default=2.0, help="guidance: 1 = none, 0 = unconditional")
-    add("--cfg-schedule", choices=("constant", "linear", "power-cosine"), default="constant",
-        help="guidance over the tokens")
-    add("--temperature", type=float, default=1.0, help="of the logits; 0 = the likeliest code")
-    add("--top-k", type=int, default=0, help="sample among the k likeliest codes, 0 = all")
-    add("--top-p", type=float, default=1.0, help="sample among the likeliest codes of this joint probability")
+    add_sampling_flags(parser)
     args = finish_args(parser, parser.parse_args(argv))
-    for wrong, what in ((args.num is not None and args.num < 1, f"--num is {args.num}: it must be at least 1"),
-                        (args.temperature < 0, f"--temperature is {args.temperature}: it must be at least 0"),
-                        (args.top_k < 0, f"--top-k is {args.top_k}: it must be at least 0"),
-                        (not 0 < args.top_p <= 1, f"--top-p is {args.top_p}: it must be above 0 and at most 1")):
-        if wrong:
-            parser.error(what)
+    check_sampling_flags(parser, args)
     return args
 
 
@@ -64,8 +78,7 @@ def main(args):
     images = []                                                             # (levels, 3, S, S) each
     for part in tqdm(torch.arange(num).split(args.batch_size), desc="sampling", disable=None):
         seeds = sample_seeds(args.seed, part[0], part[-1] + 1)
-        codes = gpt.generate(labels[part].to(args.device), args.cfg, args.cfg_schedule, args.temperature, args.top_k,
-                             args.top_p, seeds=seeds)                       # (B, N)
+        codes = gpt.generate(labels[part].to(args.device), **sampling(args), seeds=seeds)   # (B, N)
         views = tokenizer.decode(codes.repeat_interleave(len(levels), 0), levels.repeat(len(codes)))
         images += to_uint8(views).split(len(levels))
     if args.progressive:

@@ -3,6 +3,8 @@
   python -m pytest -q test_spectralar.py
 """
 import copy
+import hashlib
+import json
 import math
 import os
 import re
@@ -11,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import zlib
 from argparse import Namespace
 from dataclasses import fields
 from pathlib import Path
@@ -21,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+import evaluate
 import sample as sample_script
 import train_gpt
 import train_tokenizer
@@ -28,9 +32,9 @@ from spectralar import (GPT, FailedRun, GPTConfig, SpectralTokenizer, TokenizerC
                         additive, attention, band_edges, causal_mask, dct2, dct_matrix, decoder_mask, encoder_mask,
                         fingerprint, guidance_scale, idct2, load_generator, load_gpt, load_tokenizer, low_pass,
                         sample, save_checkpoint, uniforms)
-from train_tokenizer import (PRESETS, SHAPES, Cifar, Folder, Log, Shapes, batch_indices, center_crop, codebook_use,
-                             draw_levels, lr_at, make_optimizer, open_folder, psnr, reconstruction_loss, run,
-                             to_float, update_ema)
+from train_tokenizer import (LPIPS, PRESETS, SHAPES, Cifar, Folder, Log, Shapes, batch_indices, center_crop,
+                             codebook_use, download, draw_levels, lr_at, make_optimizer, open_folder, psnr,
+                             reconstruction_loss, run, to_float, update_ema)
 
 torch.set_num_threads(1)                # tiny tensors: threads would only cost time
 P, N, K, D = 16, 6, 32, 32              # 16 px in patches of 4 px
@@ -612,13 +616,6 @@ def test_optimizer_holds_every_parameter_once(model):
     assert decayed == {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Linear)}
 
 
-def test_psnr_equals_numpys():
-    a, b = noise(2, 4, 3, 8, 8).clamp(-1, 1)
-    as_bytes = lambda x: np.rint((x.numpy().astype(np.float64) + 1) * 127.5)
-    error = ((as_bytes(a) - as_bytes(b)) ** 2).mean((1, 2, 3))
-    assert np.allclose(psnr(a, b).numpy(), 10 * np.log10(255 ** 2 / error), atol=1e-3)
-
-
 def test_codebook_use_by_hand():
     used, perplexity, by_position = codebook_use(torch.tensor([[0, 0], [0, 1], [1, 1], [1, 1]]), 4)
     of = lambda *p: math.exp(-sum(x * math.log(x) for x in p))
@@ -685,6 +682,190 @@ def test_save_that_fails_leaves_the_old_checkpoint(error, tmp_path, monkeypatch)
     with pytest.raises(FailedRun, match=r"^[^\n]*$"):
         save_checkpoint(path, "gpt", step=2)
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# metrics: literals made by other people's tools, on inputs rebuilt from numpy's frozen random streams
+
+stream = np.random.RandomState
+
+
+def weight(key, shape):
+    """A plausible value for an entry of a network's state, from its name and shape alone."""
+    z = stream(zlib.crc32(key.encode()) & 0x7FFFFFFF).standard_normal(math.prod(shape)).reshape(shape)
+    if key.endswith("running_var"):
+        z = 1 + 0.25 * abs(z)
+    elif key.endswith(("running_mean", ".bias")):
+        z = 0.1 * z
+    else:
+        z = {1: 1 + 0.1 * z, 2: z / shape[-1] ** 0.5 * 2}.get(len(shape), z * (2 / math.prod(shape[1:]) or 1) ** 0.5)
+    return torch.from_numpy(z.astype(np.float32))
+
+
+def pictures(seed, n, h, w):
+    """uint8 (n, 3, h, w): smooth waves and noise."""
+    r, (y, x) = stream(seed), np.mgrid[0:h, 0:w]
+    images = np.zeros((n, 3, h, w))
+    for i in range(n):
+        a, p, b = r.uniform(1, 6, (3, 2)), r.uniform(0, 6.28, (3, 2)), r.uniform(30, 220, 3)
+        for c in range(3):
+            wave = np.sin(a[c, 0] * 6.28 * x / w + p[c, 0]) * np.cos(a[c, 1] * 6.28 * y / h + p[c, 1])
+            images[i, c] = b[c] + 60 * wave + r.standard_normal((h, w)) * 20
+    return torch.from_numpy(np.rint(images).clip(0, 255).astype(np.uint8))
+
+
+def correlated(seed, n, d, shift, scale):
+    """float32 (n, d) features with a full covariance."""
+    mix = stream(1000 + d).standard_normal((d, d)) / d ** 0.5
+    return (shift + scale * (stream(seed).standard_normal((n, d)) @ mix) + 0.3).astype(np.float32)
+
+
+def noisy(images, seed, strengths):
+    """uint8 images with noise of a strength for each; the stream runs over NHWC."""
+    n, c, h, w = images.shape
+    noise = stream(seed).standard_normal((n, h, w, c)) * np.reshape(strengths, (-1, 1, 1, 1))
+    return torch.from_numpy(np.rint(images.numpy() + noise.transpose(0, 3, 1, 2)).clip(0, 255).astype(np.uint8))
+
+
+@pytest.fixture(scope="module")
+def inception(tmp_path_factory):
+    """(a file of Inception weights of the published names and shapes, the plain network with them)."""
+    model = evaluate.InceptionV3()
+    state = {k: weight(k, tuple(v.shape)) for k, v in model.state_dict().items() if not k.endswith("tracked")}
+    model.load_state_dict(state, strict=False)
+    path = tmp_path_factory.mktemp("weights") / "inception.pth"
+    torch.save(state, path)
+    return path, model
+
+
+def test_inception_has_the_published_names_and_shapes(inception):
+    shapes = json.dumps({k: list(v.shape) for k, v in inception[1].state_dict().items()}, sort_keys=True)
+    assert hashlib.sha256(shapes.encode()).hexdigest()[:16] == "1932d991bb5cf880"
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_inception_equals_torch_fidelitys(fused, inception):
+    """torch-fidelity 0.4.0 in float64. Wrong pooling, epsilon, resize or layout move these by 1e-3 and more."""
+    model = evaluate.load_inception(inception[0]) if fused else inception[1].train()
+    pool, spatial, logits = (x.numpy() for x in model(pictures(103, 2, 64, 64)))
+    assert (pool.shape, spatial.shape, logits.shape) == ((2, 2048), (2, 2023), (2, 1008))
+    for found, first, second, largest in (
+            (pool, [0.0, 0.02465052343904972, 0.004095542244613171, 0.0017090020701289177, 0.4379909634590149,
+                    0.3599598705768585], [0.0, 0.025310125201940536, 0.00450359471142292], 1.0578194856643677),
+            (spatial, [0.5178600549697876, 0.0, 0.0, 0.2868950664997101, 0.0, 0.222086101770401],
+             [0.6395046710968018, 0.0, 0.0], 0.7943995594978333),
+            (logits, [-0.38744843006134033, 0.6327806115150452, -0.31324663758277893, 0.021672382950782776,
+                      0.09384988993406296, -0.49044209718704224],
+             [-0.39106959104537964, 0.6247377395629883, -0.32684168219566345], 1.4881196022033691)):
+        every = found.shape[1] // 6
+        assert np.allclose(found[0, ::every][:6], first, rtol=0, atol=5e-6 * largest)
+        assert np.allclose(found[1, ::every][:3], second, rtol=0, atol=5e-6 * largest)
+        assert abs(found).max() == pytest.approx(largest, rel=5e-6)
+
+
+def test_tf1_resize_equals_tensorflows():
+    expected = [[131.0, 124.40467834472656, 163.9632110595703, 166.1739044189453],
+                [117.03009796142578, 149.71177673339844, 144.6067657470703, 158.03854370117188],
+                [110.9899673461914, 139.04295349121094, 160.81356811523438, 179.06495666503906]]
+    found = evaluate.tf1_resize(pictures(103, 1, 64, 64), 299)
+    assert found.shape == (1, 3, 299, 299) and np.allclose(found[0, 0, :21:7, :28:7], expected, rtol=0, atol=1e-4)
+    whole = pictures(5, 1, 299, 299)
+    assert torch.equal(evaluate.tf1_resize(whole, 299), whole.float())
+
+
+def moments(features, block=100):
+    m = evaluate.Moments(features.shape[1])
+    for part in torch.as_tensor(features).split(block):
+        m.add(part)
+    return m.finish("cpu")
+
+
+def test_moments_equal_numpys():
+    f = correlated(3, 250, 8, 5.0, 1.0).astype(np.float64)
+    mu, sigma = moments(f)
+    assert np.allclose(mu, f.mean(0), rtol=1e-12) and np.allclose(sigma, np.cov(f.T), rtol=1e-9)
+
+
+@pytest.mark.parametrize("n1, n2, d, expected", [                       # pytorch-fid 0.3.0
+    (500, 400, 64, 4.204492004929165), (1200, 1000, 256, 23.456267582217833)])
+def test_frechet_distance_equals_pytorch_fids(n1, n2, d, expected):
+    a, b = moments(correlated(1, n1, d, 0.0, 1.0)), moments(correlated(2, n2, d, 0.05, 1.1))
+    assert evaluate.frechet_distance(*a, *b) == pytest.approx(expected, rel=1e-6)
+    assert evaluate.frechet_distance(*(x.numpy() for x in (*b, *a))) == pytest.approx(expected, rel=1e-6)
+    assert abs(evaluate.frechet_distance(*a, *a)) < 1e-9 * a[1].trace()
+
+
+def test_frechet_distance_of_commuting_covariances_by_hand():
+    """Of low rank, too: sum of (sqrt(s1) - sqrt(s2))^2."""
+    distance = evaluate.frechet_distance([1.0, 0, 0], np.diag([4.0, 0, 9]), [0, 0, 2.0], np.diag([1.0, 16, 0]))
+    assert distance == pytest.approx(1 + 4 + 1 + 16 + 9)
+
+
+def test_inception_score_equals_torch_fidelitys():
+    logits = (stream(21).standard_normal((1003, 1008)) * 2.5).astype(np.float32)
+    assert evaluate.inception_score(logits) == pytest.approx((14.753672271308714, 0), rel=1e-6)
+    assert evaluate.inception_score(logits, 10) == pytest.approx((12.034158879046622, 0.5268761313770315), rel=1e-6)
+    by_class = np.eye(4).repeat(5, 0) * 50
+    assert evaluate.inception_score(by_class)[0] == pytest.approx(4)
+    assert evaluate.inception_score(by_class, 4)[0] == pytest.approx(1)                 # sorted, and so meaningless
+
+
+def test_precision_and_recall_equal_torch_fidelitys():
+    fake, real = correlated(31, 600, 16, 0.1, 0.8), correlated(32, 500, 16, 0.0, 1.0)
+    assert evaluate.precision_recall(real, fake) == pytest.approx((0.975, 0.532), abs=1 / 600)
+
+
+def test_precision_and_recall_equal_brute_force():
+    real, fake = stream(1).standard_normal((1100, 3)), stream(2).standard_normal((700, 3)) * 0.7 + 0.5
+    distance = lambda a, b: np.sqrt(((a[:, None] - b) ** 2).sum(-1))
+    inside = lambda points, centres: (distance(points, centres) <= np.sort(distance(centres, centres), 1)[:, 3]
+                                      ).any(1).mean()
+    assert evaluate.precision_recall(real, fake) == pytest.approx((inside(fake, real), inside(real, fake)), abs=2e-3)
+    with pytest.raises(UserError, match="3 and 700"):
+        evaluate.precision_recall(real[:3], fake)
+
+
+def test_psnr_and_ssim_equal_scikit_images():
+    a = pictures(7, 3, 24, 32)
+    b = noisy(a, 8, (5, 20, 60))
+    assert psnr(a, b).tolist() == pytest.approx([34.20717792136969, 22.375562612323634, 13.404340401028074], rel=1e-6)
+    expected = [0.9896887801428584, 0.8542946714689168, 0.4204133453782313]
+    assert evaluate.ssim(a, b).tolist() == pytest.approx(expected, rel=1e-6)
+    assert psnr(a, a).tolist() == [math.inf] * 3 and evaluate.ssim(a, a).tolist() == pytest.approx([1, 1, 1])
+    with pytest.raises(UserError, match="11 px"):
+        evaluate.ssim(a[..., :10], b[..., :10])
+
+
+@torch.no_grad()
+def test_lpips_equals_its_value_when_it_matched_the_lpips_package():
+    """By this class, the day it gave the lpips package's numbers (other weights, real images) to 1e-7."""
+    model = LPIPS()
+    for k, v in model.features.state_dict().items():
+        v.copy_(weight(f"features.{k}", tuple(v.shape)))
+    for i, w in enumerate(model.lin):
+        w.copy_(weight(f"lin{i}.x", tuple(w.shape)).abs())
+    a = pictures(9, 2, 32, 32)
+    b = noisy(a, 10, (25, 25))
+    assert model(to_float(a), to_float(b)).tolist() == pytest.approx([0.139215367, 0.167455415], rel=2e-6)
+    assert model(to_float(a), to_float(a)).tolist() == [0, 0]
+
+
+def test_download_keeps_no_file_that_is_wrong(tmp_path, monkeypatch):
+    source, target = tmp_path / "source", tmp_path / "folder" / "target"
+    source.write_bytes(b"weights")
+    right, wrong = hashlib.sha256(b"weights").hexdigest(), hashlib.md5(b"others").hexdigest()
+    with pytest.raises(UserError, match=f"not {wrong}.*do this"):
+        download(source.as_uri(), target, wrong, "do this")
+    assert not list(target.parent.iterdir())
+    assert download(source.as_uri(), target, right, "").read_bytes() == b"weights"
+    source.unlink()
+    assert download(source.as_uri(), target, right, "") == target       # it is there: no second download
+    target.write_bytes(b"weight")
+    with pytest.raises(UserError, match="removed"):
+        download(source.as_uri(), target, right, "")
+    with pytest.raises(UserError, match="cannot download"):
+        download(source.as_uri(), target, right, "")
+    assert not list(target.parent.iterdir())
 
 
 # ------------------------------------------------------------------------------------------------------------------

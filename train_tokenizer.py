@@ -10,9 +10,11 @@ import argparse
 import copy
 import ctypes
 import hashlib
+import http.client
 import json
 import math
 import os
+import pickle
 import platform
 import resource
 import signal
@@ -28,6 +30,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
@@ -192,7 +195,12 @@ class Cifar:
         archive, folder, md5, files, head, names = CIFAR[name]
         root = next((d for d in (Path(data_dir) / folder, Path(data_dir)) if (d / files["val"][0]).exists()), None)
         if root is None:
-            download(f"https://www.cs.toronto.edu/~kriz/{archive}-binary.tar.gz", Path(data_dir), md5)
+            file = download(f"https://www.cs.toronto.edu/~kriz/{archive}-binary.tar.gz",
+                            Path(data_dir) / f"{archive}-binary.tar.gz", md5,
+                            f"fetch it elsewhere and unpack it into {data_dir}, or name its folder by --data-dir")
+            with tarfile.open(file) as packed:
+                packed.extractall(data_dir, filter="data")
+            file.unlink()
             root = Path(data_dir) / folder
         for f in files[split] + [names]:
             if not (root / f).exists():
@@ -220,27 +228,32 @@ class Cifar:
         return self.images[indices], self.labels[indices]
 
 
-def download(url, folder, md5):
-    """Fetch a .tar.gz, check its md5, unpack it into folder. A partial or wrong file never keeps the archive's name."""
-    folder.mkdir(parents=True, exist_ok=True)
-    part = folder / (url.rsplit("/", 1)[1] + ".part")
+def download(url, path, digest, remedy):
+    """Fetch a file once; returns its path. A partial or wrong file (md5 or sha256) never keeps the name."""
+    known = hashlib.md5 if len(digest) == 32 else hashlib.sha256
+    if path.exists():
+        found = known(path.read_bytes()).hexdigest()
+        if found != digest:
+            path.unlink()
+            raise UserError(f"{path} had checksum {found}, not {digest}, and is removed: run again, or {remedy}")
+        return path
+    part = Path(f"{path}.part")
     try:
-        digest = hashlib.md5()
-        with urllib.request.urlopen(url, timeout=20) as reply, open(part, "wb") as out, \
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with urllib.request.urlopen(url, timeout=10) as reply, open(part, "wb") as out, \
                 tqdm(total=int(reply.headers.get("Content-Length", 0)), unit="B", unit_scale=True, desc=url) as bar:
             while chunk := reply.read(1 << 20):
                 out.write(chunk)
-                digest.update(chunk)
                 bar.update(len(chunk))
-        if digest.hexdigest() != md5:
-            raise UserError(f"{url} has md5 {digest.hexdigest()}, not {md5}: download it by hand into {folder}")
-        with tarfile.open(part) as archive:
-            archive.extractall(folder, filter="data")
-    except OSError as e:
-        raise UserError(f"cannot download {url} ({e}): fetch it elsewhere and unpack it into {folder}, "
-                        f"or name its folder by --data-dir") from None
+        found = known(part.read_bytes()).hexdigest()
+        if found != digest:
+            raise UserError(f"{url} has checksum {found}, not {digest}, and is removed: {remedy}")
+        os.replace(part, path)
+    except (OSError, http.client.HTTPException) as e:
+        raise UserError(f"cannot download {url} to {path} ({e}), checksum {digest}: {remedy}") from None
     finally:
         part.unlink(missing_ok=True)
+    return path
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -369,6 +382,68 @@ def to_uint8(images):
 
 
 # ------------------------------------------------------------------------------------------------------------------
+# perceptual distance
+
+VGG_URL = "https://download.pytorch.org/models/vgg16-397923af.pth"
+VGG_SHA256 = "397923af8e79cdbb6a7127f12361acd7a2f83e06b05044ddf496e83de57a5bf0"
+LPIPS_URL = "https://raw.githubusercontent.com/richzhang/PerceptualSimilarity/master/lpips/weights/v0.1/vgg.pth"
+LPIPS_MD5 = "d507d7349b931f0638a25a48a722f98a"
+
+
+class LPIPS(torch.nn.Module):
+    """LPIPS v0.1 with VGG16 (Zhang et al. 2018): images in [-1, 1] (B, 3, H, W), twice -> (B,)."""
+    stages = (64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512)
+
+    def __init__(self):
+        super().__init__()
+        layers, channels = [], 3
+        for stage in self.stages:                                       # module numbers are torchvision's
+            for width in stage:
+                layers += [torch.nn.Conv2d(channels, width, 3, padding=1), torch.nn.ReLU()]
+                channels = width
+            layers.append(torch.nn.MaxPool2d(2))
+        self.features = torch.nn.Sequential(*layers[:-1])
+        self.lin = torch.nn.ParameterList(torch.zeros(stage[-1]) for stage in self.stages)
+        self.register_buffer("shift", torch.tensor([-.030, -.088, -.188]).view(3, 1, 1), persistent=False)
+        self.register_buffer("scale", torch.tensor([.458, .448, .450]).view(3, 1, 1), persistent=False)
+
+    def taps(self, x):
+        """Unit-length features after relu1_2, 2_2, 3_3, 4_3 and 5_3."""
+        x = (x - self.shift) / self.scale
+        for i, layer in enumerate(self.features):
+            if isinstance(layer, torch.nn.MaxPool2d):
+                yield x / (x.square().sum(1, keepdim=True).sqrt() + 1e-10)
+            x = layer(x)
+        yield x / (x.square().sum(1, keepdim=True).sqrt() + 1e-10)
+
+    def forward(self, a, b):
+        return sum(((x - y).square() * w.view(-1, 1, 1)).sum(1).mean((1, 2))
+                   for x, y, w in zip(self.taps(a), self.taps(b), self.lin))
+
+
+def weights_folder():
+    """Where PyTorch keeps downloaded weights; TORCH_HOME moves it."""
+    return Path(torch.hub.get_dir()) / "checkpoints"
+
+
+def load_lpips(vgg=None, linear=None, device="cpu"):
+    """LPIPS with the published weights: of files (torchvision's VGG16, LPIPS' linear layers), or downloaded once."""
+    vgg = vgg or download(VGG_URL, weights_folder() / "vgg16-397923af.pth", VGG_SHA256, "name a copy by --vgg")
+    linear = linear or download(LPIPS_URL, weights_folder() / "lpips-v0.1-vgg.pth", LPIPS_MD5,
+                                "name a copy by --lpips-weights")
+    model = LPIPS()
+    try:
+        trunk, lin = (torch.load(f, map_location="cpu", weights_only=True) for f in (vgg, linear))
+        model.features.load_state_dict({k.removeprefix("features."): v for k, v in trunk.items() if "features" in k})
+        for i, w in enumerate(model.lin):
+            w.data.copy_(lin[f"lin{i}.model.1.weight"].flatten())
+    except (OSError, RuntimeError, EOFError, AttributeError, KeyError, pickle.UnpicklingError) as e:
+        raise UserError(f"{vgg} and {linear} are not VGG16's and LPIPS' weights ({str(e).splitlines()[0][:80]}): "
+                        f"get {VGG_URL} and {LPIPS_URL}") from None
+    return model.to(device).eval().requires_grad_(False)
+
+
+# ------------------------------------------------------------------------------------------------------------------
 # run helpers, shared with train_gpt.py and sample.py
 
 def base_parser(doc, argv):
@@ -448,6 +523,36 @@ def run(main, args):
     except (FailedRun, torch.OutOfMemoryError) as e:
         print(f"failed: {str(e).splitlines()[0]}", file=sys.stderr)
         sys.exit(1)
+
+
+def share_work(args):
+    """(rank, ranks) under torchrun, which this joins; (0, 1) without it."""
+    if "RANK" not in os.environ:
+        return 0, 1
+    cuda = args.device.startswith("cuda")
+    if cuda:
+        args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(args.device)
+    dist.init_process_group("nccl" if cuda else "gloo")
+    return dist.get_rank(), dist.get_world_size()
+
+
+def all_sum(x, device):
+    """The sum of a tensor over all ranks, in place."""
+    if dist.is_initialized():
+        total = x.to(device)
+        dist.all_reduce(total)
+        x.copy_(total)
+    return x
+
+
+def gather(x):
+    """The rows of all ranks' CPU tensors, in the order of the ranks."""
+    if not dist.is_initialized():
+        return x
+    parts = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, x)
+    return torch.cat(parts)
 
 
 def new_run(path, args):
@@ -545,6 +650,10 @@ def seed_step(seed, step):
     torch.manual_seed((seed * 1_000_003 + step) % 2 ** 32)                  # the CPU generator reads 32 bits
 
 
+def versions():
+    return dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__)
+
+
 class Log:
     """Log lines on the screen, the same fields as JSON lines in a file; the first record says what ran, and where."""
 
@@ -558,8 +667,7 @@ class Log:
         config = plain(args)
         parameters = sum(p.numel() for p in model.parameters())
         self.write(command=" ".join(sys.argv), config=config, model=asdict(model.config), parameters=parameters,
-                   versions=dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__),
-                   device=args.device, threads=torch.get_num_threads(), commit=commit)
+                   versions=versions(), device=args.device, threads=torch.get_num_threads(), commit=commit)
         print(" ".join(f"{k}={v}" for k, v in config.items()))
         print(f"{parameters / 1e6:.2f} M parameters")
 
@@ -662,9 +770,8 @@ def spread_levels(N):
 # evaluation on held-out images
 
 def psnr(a, b):
-    """Peak signal-to-noise ratio of images in [-1, 1] (B, 3, S, S) -> (B,) dB, on 8-bit values as files hold them."""
-    error = (to_uint8(a).float() - to_uint8(b).float()).square().mean((1, 2, 3))
-    return 10 * torch.log10(255 ** 2 / error.clamp(min=1e-3))
+    """Peak signal-to-noise ratio of uint8 images (B, 3, H, W) -> (B,) dB; infinite where they are equal."""
+    return 10 * torch.log10(255 ** 2 / (a.float() - b.float()).square().mean((1, 2, 3)))
 
 
 def codebook_use(codes, K):
@@ -689,7 +796,7 @@ def evaluate(model, data, args, dtype):
             outputs = {i: model.decode(codes, i) for i in levels}
         targets = {i: low_pass(images, model.edges[i - 1]) for i in levels}
         for i in levels:
-            results[i].append(torch.stack([psnr(outputs[i], targets[i]), psnr(outputs[i], images)]))
+            results[i].append(torch.stack([psnr(to_uint8(outputs[i]), to_uint8(x)) for x in (targets[i], images)]))
         all_codes.append(codes)
         if not pictures:
             pictures = [("image", images)]
