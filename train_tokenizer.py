@@ -46,7 +46,7 @@ PRESETS = {
     "shapes": dict(      # minutes on a laptop CPU
         image_size=32, patch_size=4, num_tokens=16, codebook_size=512, code_dim=16, width=128, depth=4, heads=4,
         power=1.5, flat=False,
-        steps=5000, batch_size=16, lr=1.5e-3, betas=(0.9, 0.99), weight_decay=1e-4, warmup=100, hold=0.0, clip=1.0,
+        steps=2000, batch_size=16, lr=1.5e-3, betas=(0.9, 0.99), weight_decay=1e-4, warmup=100, hold=0.0, clip=1.0,
         ema=0.995, eval_every=1000, eval_images=512,
         gpt=dict(width=192, depth=4, heads=6, steps=1500, batch_size=64, lr=1e-3, betas=(0.9, 0.95), weight_decay=0.05,
                  warmup=100, hold=0.5, clip=2.0, ema=0.99, label_drop=0.1, code_images=20000, eval_every=500)),
