@@ -6,7 +6,7 @@
   python evaluate.py reconstruction --data cifar10 --levels 1,8,64         # held-out images through the tokenizer
 
 Numbers are those of ADM's TensorFlow evaluator, the field's. Each command prints a table and appends it as a JSON line
-to out/<data>/evaluations.jsonl. Under torchrun the ranks share the images.
+to out/<data>/evaluations.jsonl. With `torchrun --nproc-per-node 8 -- evaluate.py ...` the ranks share the images.
 """
 import argparse
 import json
@@ -29,7 +29,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from tqdm import tqdm
 
 from sample import add_sampling_flags, check_sampling_flags, sample_seeds, sampling
-from spectralar import UserError, fingerprint, load_generator, load_tokenizer, read_checkpoint, save_checkpoint
+from spectralar import UNREADABLE, UserError, fingerprint, load_generator, load_tokenizer, read_checkpoint, save_checkpoint
 from train_tokenizer import (CIFAR, all_sum, base_parser, batch_indices, codebook_use, download, finish_args, gather,
                              images_below, load_lpips, open_data, psnr, run, seed_step, share_work, to_float, to_uint8,
                              versions, weights_folder)
@@ -180,7 +180,7 @@ def load_inception(path=None, device="cpu"):
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         missing, unknown = model.load_state_dict(state, strict=False)
-    except (OSError, RuntimeError, EOFError, AttributeError, TypeError, ValueError) as e:
+    except UNREADABLE as e:
         raise UserError(f"{path} is not a whole file of Inception weights ({str(e).strip().splitlines()[0][:80]}): "
                         f"get {INCEPTION_URL} with sha256 {INCEPTION_SHA256}") from None
     missing = [k for k in missing if not k.endswith("num_batches_tracked")]     # older files have none
@@ -287,8 +287,9 @@ def ssim(a, b):
 class Classifier(nn.Module):
     """Small residual network: uint8 images (B, 3, S, S) -> features (B, 192), None, logits (B, classes)."""
 
-    def __init__(self, num_classes):
+    def __init__(self, num_classes, image_size):
         super().__init__()
+        self.image_size = image_size
         def conv(channels_in, channels, stride=1):
             return nn.Sequential(nn.Conv2d(channels_in, channels, 3, stride, 1, bias=False), nn.BatchNorm2d(channels),
                                  nn.ReLU(inplace=True))
@@ -299,6 +300,9 @@ class Classifier(nn.Module):
         self.head = nn.Linear(widths[-1], num_classes)
 
     def forward(self, images):
+        H, W, S = *images.shape[-2:], self.image_size
+        if (H, W) != (S, S):
+            raise UserError(f"images are {W} x {H}, the classifier reads {S} x {S}: resize them, or --features inception")
         x = self.stem(to_float(images).contiguous(memory_format=torch.channels_last))       # (B, 32, S, S)
         for down, residual in zip(self.down, self.residual):
             x = down(x)
@@ -320,7 +324,7 @@ def augment(images):
 def train_classifier(train, val, args, steps=3000, batch_size=128):
     """(classifier, accuracy on held-out images), trained from scratch: minutes on a CPU."""
     torch.manual_seed(args.seed)
-    model = Classifier(len(train.class_names)).to(args.device, memory_format=torch.channels_last)
+    model = Classifier(len(train.class_names), args.image_size).to(args.device, memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-3, total_steps=steps)
     for step in tqdm(range(steps), desc="training the classifier", disable=None):
@@ -355,7 +359,7 @@ def load_classifier(train, val, args):
     for k, v in mine.items():
         if saved[k] != v:
             raise UserError(f"{path} is of {k} {saved[k]}, this run of {v}: delete it, or take another --out")
-    model = Classifier(len(train.class_names))
+    model = Classifier(len(train.class_names), args.image_size)
     model.load_state_dict(saved["model"])
     if args.rank == 0:
         print(f"{path}: test accuracy {saved['accuracy']:.1%}")
@@ -404,10 +408,9 @@ def read_folder(path, workers):
         np.stack(list(pool.map(decode, files[start:stop])))).permute(0, 3, 1, 2)
 
 
-def read_data(data, limit=None):
-    """(count, read) of a data set, or of `limit` of its images, spread evenly."""
-    count = min(limit or len(data), len(data))
-    return count, lambda start, stop: data.batch(torch.arange(start, stop) * len(data) // count)[0]
+def pick(n, most):
+    """Indices, ascending, of at most `most` of n images: a fixed random choice, as an even one could skip classes."""
+    return torch.randperm(n, generator=torch.Generator().manual_seed(0))[:most].sort().values
 
 
 @dataclass
@@ -484,7 +487,7 @@ def distances(samples, reference, args):
     if inception and samples.logits is not None:
         result["IS"], result["IS std"] = inception_score(samples.logits, max(1, round(samples.count / 5000)))
     if samples.pool is not None and reference.pool is not None:
-        real = reference.pool[torch.arange(min(10_000, reference.count)) * reference.count // min(10_000, reference.count)]
+        real = reference.pool[pick(len(reference.pool), 10_000)]
         result["precision"], result["recall"] = precision_recall(real, samples.pool)
     return result
 
@@ -514,11 +517,10 @@ def stats(args):
     features = measure_path(source, load_network(args), args)
     if features.count is None:
         raise UserError(f"{source} holds statistics already: name images")
-    count, read = read_folder(source, args.workers) if Path(source).is_dir() else read_npz(source)
-    kept = torch.arange(min(10_000, count)) * count // min(10_000, count)
+    count, read = read_folder(Path(source), args.workers) if Path(source).is_dir() else read_npz(source)
     arrays = {k: v.numpy() for k, v in vars(features).items() if k in ("mu", "sigma", "mu_s", "sigma_s") and v is not None}
     if args.rank == 0:
-        images = torch.cat([read(i, i + 1) for i in kept.tolist()]).permute(0, 2, 3, 1).numpy()
+        images = torch.cat([read(i, i + 1) for i in pick(count, 10_000).tolist()]).permute(0, 2, 3, 1).numpy()
         with open(f"{target}.tmp", "wb") as file:
             np.savez(file, arr_0=images, **arrays)
         os.replace(f"{target}.tmp", target)
@@ -538,8 +540,11 @@ def generation(args):
                              seeds=sample_seeds(args.seed, start, stop))
         return to_uint8(tokenizer.decode(codes))
     samples = extract("sampling", args.num, draw, network, args)
-    reference = (measure_path(args.reference, network, args) if args.reference else
-                 extract("training images", *read_data(train, 50_000), network, args))
+    if args.reference:
+        reference = measure_path(args.reference, network, args)
+    else:
+        chosen = pick(len(train), 50_000)
+        reference = extract("training images", len(chosen), lambda a, b: train.batch(chosen[a:b])[0], network, args)
     row = distances(samples, reference, args)
     if args.features == "classifier":
         row["accuracy"] = (samples.logits.argmax(-1) == labels).double().mean().item()
@@ -553,29 +558,29 @@ def reconstruction(args):
     _, val = open_data(args)
     network = load_network(args)
     lpips = load_lpips(args.vgg, args.lpips_weights, args.device) if args.lpips else None
-    count, read = read_data(val, args.num)
-    labels = val.batch(torch.arange(count))[1] if args.features == "classifier" else None
-    originals = extract("originals", count, read, network, args)
-    rows, codes = [], []
+    chosen = pick(len(val), args.num)
+    count = len(chosen)
+    originals = extract("originals", count, lambda a, b: val.batch(chosen[a:b])[0], network, args)
+    rows = []
     for level in args.levels or [N]:
-        scores = []
+        codes, labels, scores = [], [], []
 
         def reconstruct(start, stop):
-            images = read(start, stop).to(args.device)
+            images, label = val.batch(chosen[start:stop])
+            images = images.to(args.device)
             code = tokenizer.encode(to_float(images))
             result = to_uint8(tokenizer.decode(code, level))
             scores.append(torch.stack([psnr(result, images).double(), ssim(result, images)] + (
                 [lpips(to_float(result), to_float(images)).double()] if lpips else [])).T.cpu())
-            if level == (args.levels or [N])[0]:
-                codes.append(code.cpu())
+            codes.append(code.cpu()), labels.append(label)
             return result
         features = extract(f"{level} tokens", count, reconstruct, network, args)
         distance = distances(features, originals, args)
         name, value = next(iter(distance.items()))
         row = {"tokens": level, f"r{name}": value,
                **dict(zip(("PSNR", "SSIM", "LPIPS"), gather(torch.cat(scores)).mean(0).tolist()))}
-        if labels is not None:
-            row["accuracy"] = (features.logits.argmax(-1) == labels).double().mean().item()
+        if args.features == "classifier":
+            row["accuracy"] = (features.logits.argmax(-1) == gather(torch.cat(labels))).double().mean().item()
         rows.append(row)
     used, perplexity, _ = codebook_use(gather(torch.cat(codes)), tokenizer.config.codebook_size)
     return rows, dict(checkpoint=fingerprint(tokenizer), counts=[count, count], reference="held-out images",
@@ -589,11 +594,11 @@ COMMANDS = dict(compare=compare, stats=stats, generation=generation, reconstruct
 
 
 def parse_args(argv=None):
-    parser, _ = base_parser(__doc__, argv)
+    parser, preset = base_parser(__doc__, argv)
     parser.add_argument("command", choices=COMMANDS)
     parser.add_argument("paths", nargs="*", help="compare: SAMPLES REFERENCE; stats: IMAGES FILE.npz")
     add = parser.add_argument_group("measure").add_argument
-    add("--features", choices=("inception", "classifier"), help="default: classifier for shapes and CIFAR, else inception")
+    add("--features", choices=("inception", "classifier"), help="default: the classifier for generation and reconstruction of shapes and CIFAR, else inception")
     add("--inception", metavar="FILE", help="weights of Inception (default: downloaded once)")
     add("--reference", metavar="PATH", help="generation: what to compare with (default: up to 50,000 training images)")
     add("--num", type=int, help="images to sample (default: 50,000; classifier: 10,000) or reconstruct (all held out)")
@@ -605,13 +610,17 @@ def parse_args(argv=None):
     add("--workers", type=int, default=min(8, os.cpu_count() or 1), help="threads that decode images")
     add("--overwrite", action="store_true", help="stats: replace the file")
     add_sampling_flags(parser)
-    args = finish_args(parser, parser.parse_args(argv))
-    check_sampling_flags(parser, args)
-    wanted = 2 if args.command in ("compare", "stats") else 0
-    if len(args.paths) != wanted:
-        parser.error(f"{args.command} takes {wanted} paths, not {len(args.paths)}")
-    small = args.data in ("shapes", *CIFAR)
+    args = parser.parse_args(argv)
+    anybodys = args.command in ("compare", "stats")                             # no run, and no data set, of ours
+    if len(args.paths) != 2 * anybodys:
+        parser.error(f"{args.command} takes {2 * anybodys} paths, not {len(args.paths)}")
+    small = args.data in ("shapes", *CIFAR) and not anybodys
     args.features = args.features or ("classifier" if small else "inception")
+    if anybodys and args.features == "inception":
+        args.out = args.out or "out"
+    args.image_size = preset["image_size"]
+    finish_args(parser, args)
+    check_sampling_flags(parser, args)
     args.lpips = args.features == "inception" if args.lpips is None else args.lpips
     if args.command == "generation":
         args.num = args.num or (50_000 if args.features == "inception" else 10_000)

@@ -592,6 +592,7 @@ def uniforms(seeds, n):
 # 7. checkpoints: a dict of tensors and plain types, always read with weights_only=True
 
 FORMAT = 1                     # raised when a reader of old files would misread new ones
+UNREADABLE = (RuntimeError, EOFError, OSError, AttributeError, KeyError, TypeError, ValueError, pickle.UnpicklingError)
 
 
 def save_checkpoint(path, kind, **content):
@@ -614,7 +615,7 @@ def read_checkpoint(path, kind, device="cpu"):
     try:
         checkpoint = torch.load(path, map_location=device, weights_only=True)
         found = checkpoint["kind"], checkpoint["format"]
-    except (RuntimeError, EOFError, OSError, KeyError, TypeError, ValueError, pickle.UnpicklingError) as e:
+    except UNREADABLE as e:
         reason = (str(e).strip() or type(e).__name__).splitlines()[0][:100]
         raise UserError(f"{path} is not a whole checkpoint ({reason}): it is truncated or of another program") from None
     if found != (kind, FORMAT):

@@ -873,7 +873,7 @@ def test_download_keeps_no_file_that_is_wrong(tmp_path, monkeypatch):
 
 COMMON = "--steps 6 --batch-size 8 --width 32 --depth 2 --heads 4 --warmup 2 --eval-images 16"
 FLAGS = {train_tokenizer: COMMON + " --image-size 16 --patch-size 4 --num-tokens 6 --codebook-size 32 --code-dim 8",
-         train_gpt: COMMON + " --code-images 64", sample_script: "--seed 1"}
+         train_gpt: COMMON + " --code-images 64", sample_script: "--seed 1", evaluate: ""}
 TRAINING = pytest.mark.parametrize("script, kind", [(train_tokenizer, "tokenizer"), (train_gpt, "gpt")])
 
 
@@ -1051,6 +1051,203 @@ def test_bad_input_is_told_in_one_line(script, flags, message, trained, tmp_path
         (folder / name).write_bytes((trained / name).read_bytes()[:3000])
     line = error_of(capsys, script, tmp_path / "out", flags.format(tmp=tmp_path, trained=trained))
     assert "error: " in line and message in line and not list((tmp_path / "out").glob("*.pt"))
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# evaluate.py, end to end
+
+@pytest.fixture(scope="module")
+def judged(trained, tmp_path_factory):
+    """The tiny run with a classifier of its 16 px shapes, trained for a few seconds."""
+    out = shutil.copytree(trained, tmp_path_factory.mktemp("judged") / "out")
+    args = Namespace(seed=0, device="cpu", data="shapes", image_size=16, out=out, rank=0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate.train_classifier, "__defaults__", (150, 64))
+        evaluate.load_classifier(Shapes("train", 16), Shapes("val", 16), args)
+    return out
+
+
+def last_record(out):
+    return json.loads((out / "evaluations.jsonl").read_text().splitlines()[-1])
+
+
+def numpy_features(judged, images):
+    """(features, logits) of the run's classifier, and numpy's mean and covariance of the features."""
+    args = Namespace(device="cpu", data="shapes", image_size=16, out=judged, rank=0)
+    features, _, logits = evaluate.load_classifier(Shapes("train", 16), None, args)(images)
+    f = features.double().numpy()
+    return logits, (f.mean(0), np.cov(f.T))
+
+
+def test_classifier_learns_the_classes_and_is_kept(judged, capsys):
+    saved = torch.load(judged / "classifier.pt", weights_only=True)
+    images, labels = Shapes("val", 16).batch(torch.arange(2000))
+    accuracy = (numpy_features(judged, images)[0].argmax(-1) == labels).double().mean().item()
+    assert accuracy > 0.7 and accuracy == pytest.approx(saved["accuracy"], abs=0.03)    # of the first 10,000
+    assert f"test accuracy {saved['accuracy']:.1%}" in capsys.readouterr().out
+
+
+@pytest.fixture
+def reference(judged):
+    """(file of classifier statistics, the same by numpy)."""
+    _, statistics = numpy_features(judged, Shapes("train", 16).batch(torch.arange(200))[0])
+    np.savez(judged / "reference.npz", mu=statistics[0], sigma=statistics[1])
+    return judged / "reference.npz", statistics
+
+
+@torch.no_grad()
+def test_generation_is_measured_as_defined(judged, reference):
+    labels = torch.arange(40) % 10
+    labels = labels[torch.randperm(40, generator=torch.Generator().manual_seed(3))]
+    gpt, tokenizer, _ = load_generator(judged / "gpt.pt")
+    codes = gpt.generate(labels, cfg=1.5, seeds=3 * 2 ** 32 + torch.arange(40))
+    logits, mine = numpy_features(judged, train_tokenizer.to_uint8(tokenizer.decode(codes)))
+    for batch_size in (16, 40):
+        call(evaluate, judged, f"generation --num 40 --cfg 1.5 --seed 3 --batch-size {batch_size} "
+                               f"--reference {reference[0]}")
+        record = last_record(judged)
+        assert record["results"] == [pytest.approx({
+            "FD-classifier": evaluate.frechet_distance(*mine, *reference[1]),
+            "accuracy": (logits.argmax(-1) == labels).double().mean().item()}, rel=1e-6)]
+        assert record["checkpoint"] == fingerprint(gpt) and record["counts"] == [40, None] and record["seed"] == 3
+
+
+def test_generation_is_compared_with_training_images(judged, monkeypatch):
+    monkeypatch.setattr(Shapes, "__len__", lambda self: 2200)
+    call(evaluate, judged, "generation --num 20 --batch-size 500")
+    record = last_record(judged)
+    assert record["counts"] == [20, 2200] and set(record["results"][0]) == {"FD-classifier", "precision", "recall",
+                                                                             "accuracy"}
+
+
+def test_pick_skips_no_class():
+    """Every 20th of the shapes, whose class is i mod 10, would be circles alone."""
+    chosen = evaluate.pick(1_000_000, 50_000)
+    assert len(chosen.unique()) == 50_000 and (chosen.diff() > 0).all() and chosen.max() > 990_000
+    assert torch.bincount(chosen % 10).min() > 4500 and evaluate.pick(7, 9).tolist() == [*range(7)]
+
+
+@torch.no_grad()
+def test_reconstruction_is_measured_as_defined(judged):
+    call(evaluate, judged, "reconstruction --num 50 --levels 2,6 --batch-size 16")
+    record, tokenizer = last_record(judged), load_tokenizer(judged / "tokenizer.pt")
+    images, labels = Shapes("val", 16).batch(evaluate.pick(10_000, 50))
+    codes = tokenizer.encode(to_float(images))
+    for row, level in zip(record["results"], (2, 6)):
+        copies = train_tokenizer.to_uint8(tokenizer.decode(codes, level))
+        logits, mine = numpy_features(judged, copies)
+        expected = dict(tokens=level, PSNR=psnr(copies, images).double().mean().item(),
+                        SSIM=evaluate.ssim(copies, images).mean().item(),
+                        accuracy=(logits.argmax(-1) == labels).double().mean().item())
+        expected["rFD-classifier"] = evaluate.frechet_distance(*mine, *numpy_features(judged, images)[1])
+        assert row == pytest.approx(expected, rel=1e-6)
+    assert record["codebook_used"] == len(codes.unique()) / K and len(record["results"]) == 2
+
+
+def test_ranks_give_what_one_process_gives(judged, reference, tmp_path):
+    """Odd counts, so that the ranks' shares differ."""
+    out = shutil.copytree(judged, tmp_path / "out")
+    (out / "evaluations.jsonl").unlink(missing_ok=True)
+    results = []
+    for launcher in ([], ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--"]):
+        for command in ("generation --num 31", "reconstruction --num 33"):
+            done = subprocess.run([sys.executable, *launcher, "evaluate.py", *command.split(), "--device", "cpu",
+                                   "--reference", str(reference[0]), "--out", str(out)], capture_output=True,
+                                  cwd=Path(__file__).parent, env=dict(os.environ, OMP_NUM_THREADS="1"), text=True)
+            assert done.returncode == 0, done.stderr
+            results.append(last_record(out)["results"][0])
+    assert len((out / "evaluations.jsonl").read_text().splitlines()) == len(results)    # one rank writes
+    for alone, together in zip(results[:2], results[2:]):
+        assert together == pytest.approx(alone, rel=1e-6)
+
+
+def test_compare_takes_folders_images_and_statistics(judged, tmp_path, capsys):
+    images = Shapes("val", 16).batch(torch.arange(24))[0].permute(0, 2, 3, 1).numpy()
+    for i, image in enumerate(images):
+        target = tmp_path / "folder" / str(i % 2)
+        target.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(target / f"{i:02d}.{('PNG', 'png', 'bmp')[i % 3]}")
+    np.savez(tmp_path / "plain.npz", arr_0=images)
+    np.savez_compressed(tmp_path / "packed.npz", arr_0=images, arr_1=np.arange(24))
+    out = shutil.copytree(judged, tmp_path / "out")
+    flags = "--features classifier --preset shapes --batch-size 5"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(PRESETS["shapes"], "image_size", 16)
+        call(evaluate, out, f"stats {tmp_path / 'folder'} {tmp_path / 'reference.npz'} {flags}")
+        with np.load(tmp_path / "reference.npz") as file:
+            assert sorted(file) == ["arr_0", "mu", "sigma"] and file["arr_0"].shape == images.shape
+        for a, b in (("folder", "plain.npz"), ("plain.npz", "packed.npz"), ("packed.npz", "reference.npz")):
+            call(evaluate, out, f"compare {tmp_path / a} {tmp_path / b} {flags}")
+            row = last_record(out)["results"][0]
+            assert abs(row["FD-classifier"]) < 1e-4 and (row["precision"], row["recall"]) == (1, 1), (a, b)
+        assert "24 images give a covariance of low rank" in capsys.readouterr().out
+        np.savez(tmp_path / "one_class.npz", arr_0=images[::10].repeat(4, 0))
+        call(evaluate, out, f"compare {tmp_path / 'one_class.npz'} {tmp_path / 'plain.npz'} {flags}")
+        row = last_record(out)["results"][0]
+        assert row["FD-classifier"] > 0.1 and row["recall"] < 0.5
+        assert "exists: --overwrite" in error_of(capsys, evaluate, out, f"stats {tmp_path / 'folder'} {tmp_path / 'reference.npz'} {flags}")
+
+
+def test_compare_with_inception_gives_adms_numbers(inception, tmp_path):
+    images = pictures(3, 9, 32, 32).permute(0, 2, 3, 1).numpy()
+    np.savez(tmp_path / "a.npz", arr_0=images[:5]), np.savez(tmp_path / "b.npz", arr_0=images[4:])
+    call(evaluate, tmp_path, f"compare {tmp_path / 'a.npz'} {tmp_path / 'b.npz'} --inception {inception[0]}")
+    row = last_record(tmp_path)["results"][0]
+    parts = [inception[1](torch.from_numpy(x).permute(0, 3, 1, 2)) for x in (images[:5], images[4:])]
+    for name, i in (("FID", 0), ("sFID", 1)):
+        expected = evaluate.frechet_distance(*moments(parts[0][i]), *moments(parts[1][i]))
+        assert row[name] == pytest.approx(expected, rel=1e-4)
+    assert row["IS"] == pytest.approx(evaluate.inception_score(parts[0][2])[0], rel=1e-5)
+    assert (row["precision"], row["recall"]) == evaluate.precision_recall(parts[1][0], parts[0][0])
+
+
+def broken_npz(folder):
+    """Files that are no set of images, each in its way."""
+    images = np.zeros((3, 16, 16, 3), np.uint8)
+    np.savez(folder / "other.npz", samples=images)
+    np.savez(folder / "float.npz", arr_0=images / 255)
+    np.savez(folder / "planes.npz", arr_0=images.transpose(0, 3, 1, 2))
+    np.savez(folder / "pickle.npz", arr_0=np.array([folder], dtype=object))
+    np.savez(folder / "one.npz", arr_0=images[:1])
+    np.savez(folder / "good.npz", arr_0=images)
+    np.savez(folder / "narrow.npz", mu=np.zeros(3), sigma=np.eye(3))
+    (folder / "cut.npz").write_bytes((folder / "good.npz").read_bytes()[:900])
+    (folder / "empty").mkdir()
+    write_images(folder / "sizes", 2)
+    Image.new("RGB", (5, 7)).save(folder / "sizes" / "odd.png")
+    (folder / "weights.pth").write_bytes(b"PK no weights")
+
+
+@pytest.mark.parametrize("flags, message", [
+    ("compare {tmp}/empty {tmp}/good.npz", "empty has 0 images"),
+    ("compare {tmp}/sizes {tmp}/good.npz", "odd.png is 5 x 7"),
+    ("compare {tmp}/absent {tmp}/good.npz", "absent does not exist"),
+    ("compare {tmp}/other.npz {tmp}/good.npz", "neither arr_0 (images) nor mu and sigma"),
+    ("compare {tmp}/float.npz {tmp}/good.npz", "arr_0 is float64"),
+    ("compare {tmp}/planes.npz {tmp}/good.npz", "(3, 3, 16, 16)"),
+    ("compare {tmp}/pickle.npz {tmp}/good.npz", "arr_0 is object"),
+    ("compare {tmp}/cut.npz {tmp}/good.npz", "no whole .npz"),
+    ("compare {tmp}/one.npz {tmp}/good.npz", "at least 2"),
+    ("compare {tmp}/good.npz {tmp}/narrow.npz", "features of width 192 against a reference of width 3"),
+    ("compare {tmp}/good.npz", "compare takes 2 paths, not 1"),
+    ("generation --features inception --inception {tmp}/weights.pth", "weights.pth is not a whole file of Inception"),
+    ("generation --features inception", "cannot download http://127.0.0.1:9/inception.pth"),
+    ("reconstruction --levels 0,3", "level 0"),
+    ("reconstruction --levels 7", "level 7"),
+    ("reconstruction --levels all", "--levels is all"),
+    ("generation --num 1", "at least 2")])
+def test_evaluate_tells_bad_input_in_one_line(flags, message, judged, tmp_path, capsys, monkeypatch):
+    broken_npz(tmp_path)
+    monkeypatch.setitem(PRESETS["shapes"], "image_size", 16)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(evaluate, "INCEPTION_URL", "http://127.0.0.1:9/inception.pth")
+    if flags.startswith("compare"):
+        flags += " --features classifier --preset shapes"
+    (judged / "evaluations.jsonl").unlink(missing_ok=True)
+    line = error_of(capsys, evaluate, judged, flags.format(tmp=tmp_path))
+    assert message in line
+    assert not list(tmp_path.rglob("*.part")) and not list(tmp_path.rglob("inception.pth"))
+    assert not (judged / "evaluations.jsonl").exists()
 
 
 def test_run_that_diverges_names_the_term(tmp_path, capsys):

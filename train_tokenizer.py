@@ -14,7 +14,6 @@ import http.client
 import json
 import math
 import os
-import pickle
 import platform
 import resource
 import signal
@@ -35,8 +34,8 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-from spectralar import (FailedRun, SpectralTokenizer, TokenizerConfig, UserError, low_pass, read_checkpoint,
-                        save_checkpoint, uniforms)
+from spectralar import (UNREADABLE, FailedRun, SpectralTokenizer, TokenizerConfig, UserError, low_pass,
+                        read_checkpoint, save_checkpoint, uniforms)
 
 # ------------------------------------------------------------------------------------------------------------------
 # presets: all that --data or --preset sets (a folder takes "cifar", so that defaults run on a laptop). Every field is a
@@ -135,11 +134,11 @@ class Shapes:
         X, Y = axis[None, None, :], axis[None, :, None]
         column = lambda values: values.astype(np.float32)[:, None, None]                    # (B,) -> (B, 1, 1)
 
-        # the shape's own frame: centre, rotation within 15 degrees (either way round for the crescent), radius
+        # the shape's own frame: centre, rotation within 9 degrees (either way round for the crescent), radius
         turned = (labels.numpy() == SHAPES.index("crescent")) & (u[:, 1] < 0.5)
-        angle = (u[:, 0] - 0.5) * np.pi / 6 + np.pi * turned
-        radius = column(0.64 + 0.16 * u[:, 2])
-        dx, dy = X - column(0.24 * u[:, 3] - 0.12), Y - column(0.24 * u[:, 4] - 0.12)
+        angle = (u[:, 0] - 0.5) * np.pi / 10 + np.pi * turned
+        radius = column(0.68 + 0.12 * u[:, 2])
+        dx, dy = X - column(0.2 * u[:, 3] - 0.1), Y - column(0.2 * u[:, 4] - 0.1)
         x = (dx * column(np.cos(angle)) + dy * column(np.sin(angle))) / radius              # (B, S, S)
         y = (dy * column(np.cos(angle)) - dx * column(np.sin(angle))) / radius
 
@@ -437,7 +436,7 @@ def load_lpips(vgg=None, linear=None, device="cpu"):
         model.features.load_state_dict({k.removeprefix("features."): v for k, v in trunk.items() if "features" in k})
         for i, w in enumerate(model.lin):
             w.data.copy_(lin[f"lin{i}.model.1.weight"].flatten())
-    except (OSError, RuntimeError, EOFError, AttributeError, KeyError, pickle.UnpicklingError) as e:
+    except UNREADABLE as e:
         raise UserError(f"{vgg} and {linear} are not VGG16's and LPIPS' weights ({str(e).splitlines()[0][:80]}): "
                         f"get {VGG_URL} and {LPIPS_URL}") from None
     return model.to(device).eval().requires_grad_(False)
@@ -464,7 +463,10 @@ def base_parser(doc, argv):
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """The docstring as it stands, and every flag's default."""
+    """The docstring as it stands, and every flag's default; where it is None, the flag's own text tells it."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default is None else super()._get_help_string(action)
 
 
 def add_training_flags(parser, p):
