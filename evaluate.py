@@ -29,15 +29,17 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from tqdm import tqdm
 
 from sample import add_sampling_flags, check_sampling_flags, sample_seeds, sampling
-from spectralar import UNREADABLE, UserError, fingerprint, load_generator, load_tokenizer, read_checkpoint, save_checkpoint
-from train_tokenizer import (CIFAR, all_sum, base_parser, batch_indices, codebook_use, download, finish_args, gather,
-                             images_below, load_lpips, open_data, psnr, run, seed_step, share_work, to_float, to_uint8,
-                             versions, weights_folder)
+from spectralar import (UNREADABLE, UserError, fingerprint, load_generator, load_tokenizer, read_checkpoint,
+                        save_checkpoint)
+from train_tokenizer import (CIFAR, all_sum, base_parser, batch_indices, codebook_use, download, finish_args,
+                             gather, images_below, load_lpips, open_data, psnr, run, seed_step, share_work, to_float,
+                             to_uint8, versions, weights_folder)
 
 # ------------------------------------------------------------------------------------------------------------------
 # Inception-v3 as in the 2015 TensorFlow graph that FID is defined by
 
-INCEPTION_URL = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
+INCEPTION_URL = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
+                 "pt_inception-2015-12-05-6726825d.pth")
 INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 
 
@@ -57,9 +59,9 @@ FORK = "fork"                  # in place of a kernel: 1x3 and 3x1 side by side
 
 
 class Mixed(nn.Module):
-    """One Inception block: chains of convolutions side by side, and a pooling branch. Its module names are torchvision's.
+    """One Inception block: chains of convolutions side by side, and a pooling branch; names are torchvision's.
 
-    chains: {name: [(channels, kernel), ...]}; stride is that of the last convolution of each chain, and of the pooling.
+    chains: {name: [(channels, kernel), ...]}; stride is that of each chain's last convolution, and of the pooling.
     """
 
     def __init__(self, channels_in, chains, stride=1, max_pool=False):
@@ -78,7 +80,7 @@ class Mixed(nn.Module):
                 channels = out * len(parts)
 
     def pool(self, x):
-        """NOTE averages leave the padding out of the count, and Mixed_7c takes the maximum: both as in TensorFlow's graph."""
+        """NOTE averages leave the padding out of the count, and Mixed_7c takes the maximum: TensorFlow's graph."""
         if self.max_pool:
             return F.max_pool2d(x, 3, self.stride, padding=0 if self.stride > 1 else 1)
         return F.avg_pool2d(x, 3, 1, padding=1, count_include_pad=False)
@@ -124,15 +126,15 @@ class InceptionV3(nn.Module):
         self.Mixed_5b = mixed_5(192, 32)
         self.Mixed_5c = mixed_5(256, 64)
         self.Mixed_5d = mixed_5(288, 64)
-        self.Mixed_6a = Mixed(288, dict(branch3x3=[(384, 3)], branch3x3dbl=[(64, 1), (96, 3), (96, 3)], branch_pool=[]),
-                              stride=2, max_pool=True)
+        self.Mixed_6a = Mixed(288, dict(branch3x3=[(384, 3)], branch3x3dbl=[(64, 1), (96, 3), (96, 3)],
+                                        branch_pool=[]), stride=2, max_pool=True)
         self.Mixed_6b = mixed_6(128)
         self.Mixed_6c = mixed_6(160)
         self.Mixed_6d = mixed_6(160)
         self.Mixed_6e = mixed_6(192)
         self.Mixed_7a = Mixed(768, dict(branch3x3=[(192, 1), (320, 3)],
-                                        branch7x7x3=[(192, 1), (192, (1, 7)), (192, (7, 1)), (192, 3)], branch_pool=[]),
-                              stride=2, max_pool=True)
+                                        branch7x7x3=[(192, 1), (192, (1, 7)), (192, (7, 1)), (192, 3)],
+                                        branch_pool=[]), stride=2, max_pool=True)
         self.Mixed_7b = mixed_7(1280, max_pool=False)
         self.Mixed_7c = mixed_7(2048, max_pool=True)
         self.fc = nn.Linear(2048, 1008)
@@ -150,7 +152,7 @@ class InceptionV3(nn.Module):
         x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(F.max_pool2d(x, 3, 2)))       # (B, 192, 71, 71)
         x = self.Mixed_5d(self.Mixed_5c(self.Mixed_5b(F.max_pool2d(x, 3, 2))))  # (B, 288, 35, 35)
         x = self.Mixed_6d(self.Mixed_6c(self.Mixed_6b(self.Mixed_6a(x))))       # (B, 768, 17, 17)
-        spatial = x[:, :7].permute(0, 2, 3, 1).flatten(1)                       # (B, 2023) of branch1x1; NOTE NHWC order
+        spatial = x[:, :7].permute(0, 2, 3, 1).flatten(1)                       # (B, 2023), of branch1x1, in NHWC order
         x = self.Mixed_7c(self.Mixed_7b(self.Mixed_7a(self.Mixed_6e(x))))       # (B, 2048, 8, 8)
         pool3 = x.mean((2, 3))                                                  # (B, 2048)
         return pool3, spatial, pool3 @ self.fc.weight.T                         # NOTE the inception score has no bias
@@ -185,8 +187,8 @@ def load_inception(path=None, device="cpu"):
                         f"get {INCEPTION_URL} with sha256 {INCEPTION_SHA256}") from None
     missing = [k for k in missing if not k.endswith("num_batches_tracked")]     # older files have none
     if missing or unknown:
-        raise UserError(f"{path} lacks {len(missing)} of Inception's weights and has {len(unknown)} unknown ones (first: "
-                        f"{(missing + unknown)[0]}): get {INCEPTION_URL}")
+        raise UserError(f"{path} lacks {len(missing)} of Inception's weights and has {len(unknown)} unknown ones "
+                        f"(first: {(missing + unknown)[0]}): get {INCEPTION_URL}")
     for m in model.modules():                                                   # batch norm becomes part of the weights
         if isinstance(m, ConvBN):
             m.conv, m.bn = fuse_conv_bn_eval(m.conv, m.bn), nn.Identity()
@@ -200,8 +202,7 @@ class Moments:
     """Mean and unbiased covariance of rows of width d, streamed: sums of f and of f f^T, in float64."""
 
     def __init__(self, d):
-        self.count, self.sum, self.outer = torch.zeros((), dtype=torch.float64), torch.zeros(d).double(), \
-            torch.zeros(d, d).double()
+        self.count, self.sum, self.outer = (torch.zeros(shape, dtype=torch.float64) for shape in ((), d, (d, d)))
 
     def add(self, f):
         f = f.double().cpu()
@@ -252,7 +253,8 @@ def precision_recall(real, fake, k=3):
     """
     real, fake = (torch.as_tensor(x, dtype=torch.float32) for x in (real, fake))
     if min(len(real), len(fake)) <= k:
-        raise UserError(f"precision and recall need more than {k} images on each side, not {len(real)} and {len(fake)}")
+        raise UserError(f"precision and recall need more than {k} images on each side, "
+                        f"not {len(real)} and {len(fake)}")
 
     def share_inside(points, centres):
         radii = torch.cat([torch.cdist(part, centres).kthvalue(k + 1).values for part in centres.split(512)])
@@ -261,17 +263,18 @@ def precision_recall(real, fake, k=3):
 
 
 def ssim(a, b):
-    """Structural similarity of uint8 images (B, 3, H, W) -> (B,) float64: Gaussian window of 11, sigma 1.5, valid region.
+    """Structural similarity of uint8 images (B, 3, H, W) -> (B,) float64, as Wang et al. 2004.
 
-    The variant of Wang et al. 2004 on 0 .. 255, each channel alone, then their mean. Never on [-1, 1]: SSIM is not
-    shift-invariant.
+    Gaussian window of 11 px, sigma 1.5, valid region, each channel alone, then their mean; on 0 .. 255, never on
+    [-1, 1], as SSIM is not shift-invariant.
     """
     if min(a.shape[-2:]) < 11:
         raise UserError(f"SSIM's window is 11 px, the images are {a.shape[-1]} x {a.shape[-2]}: use larger ones")
     g = torch.exp(-torch.arange(-5, 6, dtype=torch.float64, device=a.device) ** 2 / (2 * 1.5 ** 2))
 
     def blur(x):                                                                # a banded matrix on each side
-        rows, columns = (torch.stack([F.pad(g / g.sum(), (i, n - 11 - i)) for i in range(n - 10)]) for n in x.shape[-2:])
+        rows, columns = (torch.stack([F.pad(g / g.sum(), (i, n - 11 - i)) for i in range(n - 10)])
+                         for n in x.shape[-2:])
         return rows @ x @ columns.T
     a, b = a.double(), b.double()
     mean_a, mean_b = blur(a), blur(b)
@@ -290,9 +293,11 @@ class Classifier(nn.Module):
     def __init__(self, num_classes, image_size):
         super().__init__()
         self.image_size = image_size
+
         def conv(channels_in, channels, stride=1):
             return nn.Sequential(nn.Conv2d(channels_in, channels, 3, stride, 1, bias=False), nn.BatchNorm2d(channels),
                                  nn.ReLU(inplace=True))
+
         widths = (32, 48, 96, 192)
         self.stem = conv(3, widths[0])
         self.down = nn.ModuleList(conv(a, b, stride=2) for a, b in zip(widths, widths[1:]))
@@ -302,7 +307,8 @@ class Classifier(nn.Module):
     def forward(self, images):
         H, W, S = *images.shape[-2:], self.image_size
         if (H, W) != (S, S):
-            raise UserError(f"images are {W} x {H}, the classifier reads {S} x {S}: resize them, or --features inception")
+            raise UserError(f"images are {W} x {H}, the classifier reads {S} x {S}: resize them, "
+                            f"or --features inception")
         x = self.stem(to_float(images).contiguous(memory_format=torch.channels_last))       # (B, 32, S, S)
         for down, residual in zip(self.down, self.residual):
             x = down(x)
@@ -413,6 +419,9 @@ def pick(n, most):
     return torch.randperm(n, generator=torch.Generator().manual_seed(0))[:most].sort().values
 
 
+STATISTICS = "mu", "sigma", "mu_s", "sigma_s"      # of an .npz, as ADM names them
+
+
 @dataclass
 class Features:
     """What metrics need of a set of images: moments, and each image's features and logits."""
@@ -427,21 +436,24 @@ class Features:
 
 def extract(name, count, read, network, args):
     """Features of a set of images; each rank takes a consecutive share."""
-    if count < 2:
-        raise UserError(f"{name} has {count} image: a covariance needs at least 2")
+    if count < max(2, args.ranks):
+        raise UserError(f"{name}: {count} image(s), at least {max(2, args.ranks)} are needed for a covariance and "
+                        f"{args.ranks} process(es)")
     first, last = (count * r // args.ranks for r in (args.rank, args.rank + 1))
-    moments, pools, logits = None, [], []
+    moments = kept = None
     for start in tqdm(range(first, last, args.batch_size), desc=str(name), disable=None if args.rank == 0 else True):
+        stop = min(start + args.batch_size, last)
         with torch.no_grad():
-            outputs = network(read(start, min(start + args.batch_size, last)).to(args.device))
-        moments = moments or [Moments(f.shape[1]) if f is not None else None for f in outputs[:2]]
-        for m, f in zip(moments, outputs[:2]):
-            if m:
-                m.add(f)
-        pools.append(outputs[0].cpu())
-        logits.append(outputs[2].cpu())
-    (mu, sigma), (mu_s, sigma_s) = (m.finish(args.device) if m else (None, None) for m in moments)
-    return Features(count, mu, sigma, mu_s, sigma_s, gather(torch.cat(pools)), gather(torch.cat(logits)))
+            pool, spatial, logits = network(read(start, stop).to(args.device))
+        if start == first:
+            moments = [Moments(f.shape[1]) for f in (pool, spatial) if f is not None]
+            kept = [torch.empty(last - first, f.shape[1]) for f in (pool, logits)]
+        for m, f in zip(moments, (pool, spatial)):
+            m.add(f)
+        for k, f in zip(kept, (pool, logits)):
+            k[start - first:stop - first] = f
+    statistics = [x for m in moments for x in m.finish(args.device)]            # and of spatial, with Inception
+    return Features(count, *statistics, **{k: gather(x) for k, x in zip(("pool", "logits"), kept)})
 
 
 def measure_path(path, network, args):
@@ -456,11 +468,11 @@ def measure_path(path, network, args):
         raise UserError(f"{path} does not exist: name a folder of images, an .npz of images or of statistics")
     try:
         with np.load(path, allow_pickle=False) as file:
-            statistics = {k: torch.from_numpy(file[k]).double() for k in ("mu", "sigma", "mu_s", "sigma_s") if k in file}
             names = list(file)
+            statistics = {k: torch.from_numpy(file[k]).double() for k in STATISTICS if k in names}
         features = extract(path, *read_npz(path), network, args) if "arr_0" in names else None
     except (OSError, ValueError, TypeError, zipfile.BadZipFile, AttributeError) as e:
-        if isinstance(e, UserError):
+        if isinstance(e, UserError):                                            # ours is a ValueError, too
             raise
         raise UserError(f"{path} is no whole .npz of images or statistics ({str(e).splitlines()[0][:80]})") from None
     if "mu" in statistics and "sigma" in statistics:
@@ -472,7 +484,9 @@ def measure_path(path, network, args):
 
 
 def distances(samples, reference, args):
-    """{metric: value} of samples against a reference, in the features of args.features."""
+    """{metric: value} of samples against a reference, in the features of args.features; the first rank works it out."""
+    if args.rank:
+        return {}
     inception = args.features == "inception"
     if samples.mu.shape != reference.mu.shape:
         raise UserError(f"features of width {len(samples.mu)} against a reference of width {len(reference.mu)}: "
@@ -485,7 +499,8 @@ def distances(samples, reference, args):
     if samples.mu_s is not None and reference.mu_s is not None:
         result["sFID"] = frechet_distance(samples.mu_s, samples.sigma_s, reference.mu_s, reference.sigma_s)
     if inception and samples.logits is not None:
-        result["IS"], result["IS std"] = inception_score(samples.logits, max(1, round(samples.count / 5000)))
+        result["IS splits"] = max(1, round(samples.count / 5000))               # of 5,000, as ADM's
+        result["IS"], result["IS std"] = inception_score(samples.logits, result["IS splits"])
     if samples.pool is not None and reference.pool is not None:
         real = reference.pool[pick(len(reference.pool), 10_000)]
         result["precision"], result["recall"] = precision_recall(real, samples.pool)
@@ -518,7 +533,7 @@ def stats(args):
     if features.count is None:
         raise UserError(f"{source} holds statistics already: name images")
     count, read = read_folder(Path(source), args.workers) if Path(source).is_dir() else read_npz(source)
-    arrays = {k: v.numpy() for k, v in vars(features).items() if k in ("mu", "sigma", "mu_s", "sigma_s") and v is not None}
+    arrays = {k: v.numpy() for k, v in vars(features).items() if k in STATISTICS and v is not None}
     if args.rank == 0:
         images = torch.cat([read(i, i + 1) for i in pick(count, 10_000).tolist()]).permute(0, 2, 3, 1).numpy()
         with open(f"{target}.tmp", "wb") as file:
@@ -575,9 +590,8 @@ def reconstruction(args):
             codes.append(code.cpu()), labels.append(label)
             return result
         features = extract(f"{level} tokens", count, reconstruct, network, args)
-        distance = distances(features, originals, args)
-        name, value = next(iter(distance.items()))
-        row = {"tokens": level, f"r{name}": value,
+        distance = distances(Features(count, features.mu, features.sigma), originals, args)
+        row = {"tokens": level, **{f"r{name}": value for name, value in distance.items()},
                **dict(zip(("PSNR", "SSIM", "LPIPS"), gather(torch.cat(scores)).mean(0).tolist()))}
         if args.features == "classifier":
             row["accuracy"] = (features.logits.argmax(-1) == gather(torch.cat(labels))).double().mean().item()
@@ -598,7 +612,8 @@ def parse_args(argv=None):
     parser.add_argument("command", choices=COMMANDS)
     parser.add_argument("paths", nargs="*", help="compare: SAMPLES REFERENCE; stats: IMAGES FILE.npz")
     add = parser.add_argument_group("measure").add_argument
-    add("--features", choices=("inception", "classifier"), help="default: the classifier for generation and reconstruction of shapes and CIFAR, else inception")
+    add("--features", choices=("inception", "classifier"),
+        help="default: the classifier for generation and reconstruction of shapes and CIFAR, else inception")
     add("--inception", metavar="FILE", help="weights of Inception (default: downloaded once)")
     add("--reference", metavar="PATH", help="generation: what to compare with (default: up to 50,000 training images)")
     add("--num", type=int, help="images to sample (default: 50,000; classifier: 10,000) or reconstruct (all held out)")

@@ -1185,7 +1185,8 @@ def test_compare_takes_folders_images_and_statistics(judged, tmp_path, capsys):
         call(evaluate, out, f"compare {tmp_path / 'one_class.npz'} {tmp_path / 'plain.npz'} {flags}")
         row = last_record(out)["results"][0]
         assert row["FD-classifier"] > 0.1 and row["recall"] < 0.5
-        assert "exists: --overwrite" in error_of(capsys, evaluate, out, f"stats {tmp_path / 'folder'} {tmp_path / 'reference.npz'} {flags}")
+        line = error_of(capsys, evaluate, out, f"stats {tmp_path / 'folder'} {tmp_path / 'reference.npz'} {flags}")
+        assert "exists: --overwrite" in line
 
 
 def test_compare_with_inception_gives_adms_numbers(inception, tmp_path):
@@ -1227,15 +1228,15 @@ def broken_npz(folder):
     ("compare {tmp}/planes.npz {tmp}/good.npz", "(3, 3, 16, 16)"),
     ("compare {tmp}/pickle.npz {tmp}/good.npz", "arr_0 is object"),
     ("compare {tmp}/cut.npz {tmp}/good.npz", "no whole .npz"),
-    ("compare {tmp}/one.npz {tmp}/good.npz", "at least 2"),
+    ("compare {tmp}/one.npz {tmp}/good.npz", "1 image(s), at least 2"),
     ("compare {tmp}/good.npz {tmp}/narrow.npz", "features of width 192 against a reference of width 3"),
     ("compare {tmp}/good.npz", "compare takes 2 paths, not 1"),
-    ("generation --features inception --inception {tmp}/weights.pth", "weights.pth is not a whole file of Inception"),
+    ("generation --features inception --inception {tmp}/weights.pth", "weights.pth is not a whole file"),
     ("generation --features inception", "cannot download http://127.0.0.1:9/inception.pth"),
     ("reconstruction --levels 0,3", "level 0"),
     ("reconstruction --levels 7", "level 7"),
     ("reconstruction --levels all", "--levels is all"),
-    ("generation --num 1", "at least 2")])
+    ("generation --num 1", "1 image(s), at least 2")])
 def test_evaluate_tells_bad_input_in_one_line(flags, message, judged, tmp_path, capsys, monkeypatch):
     broken_npz(tmp_path)
     monkeypatch.setitem(PRESETS["shapes"], "image_size", 16)

@@ -507,7 +507,7 @@ def finish_args(parser, args):
 
 
 def keep_freed_memory():
-    """Let glibc keep what a step frees for the next one: to give it back and fault it in again takes 10 % of a CPU step."""
+    """Let glibc keep what a step frees: to give it back and fault it in again takes 10 % of a CPU step."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt:
         mallopt(-3, 2 ** 30)                                                # M_MMAP_THRESHOLD, bytes
