@@ -354,6 +354,7 @@ def load_classifier(train, val, args):
     """The classifier of --data, from classifier.pt in the run's folder; trained and kept there when absent."""
     path = args.out / "classifier.pt"
     if not path.exists() and args.rank == 0:
+        print(f"training a classifier of {args.data} for {path}, minutes on a CPU")
         model, accuracy = train_classifier(train, val, args)
         args.out.mkdir(parents=True, exist_ok=True)
         save_checkpoint(path, "classifier", data=args.data, image_size=args.image_size, classes=train.class_names,

@@ -1265,9 +1265,10 @@ def test_command_line_ends_with_its_exit_code(tmp_path):
 def test_readme_and_docstring_commands_parse():
     readme = (Path(__file__).parent / "README.md").read_text()
     blocks = re.findall(r"^```[^\n]*\n(.*?)^```", readme, re.M | re.S)
-    scripts = {"train_tokenizer.py": train_tokenizer, "train_gpt.py": train_gpt, "sample.py": sample_script}
+    scripts = {"train_tokenizer.py": train_tokenizer, "train_gpt.py": train_gpt, "sample.py": sample_script,
+               "evaluate.py": evaluate}
     indented = re.findall(r"^  (python .*)", "\n".join(s.__doc__ for s in scripts.values()), re.M)
-    for text, least in (("\n".join(blocks), 3), ("\n".join(indented), 8)):
+    for text, least in (("\n".join(blocks), 13), ("\n".join(indented), 12)):
         parts = [part for line in text.splitlines() for part in re.split("&&|#.*", line)]
         found = [words for words in map(str.split, parts) if words[:1] == ["python"] and words[1] in scripts]
         assert len(found) >= least and {words[1] for words in found} == set(scripts)
