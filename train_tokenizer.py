@@ -54,7 +54,7 @@ PRESETS = {
         power=1.5, flat=False,
         steps=5500, batch_size=16, lr=1e-3, betas=(0.9, 0.99), weight_decay=1e-4, warmup=200, hold=0.0, clip=1.0,
         ema=0.995, eval_every=500, eval_images=512,
-        gpt=dict(width=256, depth=6, heads=8, steps=3500, batch_size=64, lr=1e-3, betas=(0.9, 0.95), weight_decay=0.05,
+        gpt=dict(width=256, depth=6, heads=8, steps=3000, batch_size=64, lr=1e-3, betas=(0.9, 0.95), weight_decay=0.05,
                  warmup=200, hold=0.5, clip=2.0, ema=0.995, label_drop=0.1, code_images=None, eval_every=500)),
     "imagenet": dict(    # the paper's size: ViT-B encoder and decoder, d16 generator
         image_size=256, patch_size=16, num_tokens=64, codebook_size=4096, code_dim=16, width=768, depth=12, heads=12,
