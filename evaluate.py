@@ -257,8 +257,13 @@ def precision_recall(real, fake, k=3):
                         f"not {len(real)} and {len(fake)}")
 
     def share_inside(points, centres):
-        radii = torch.cat([torch.cdist(part, centres).kthvalue(k + 1).values for part in centres.split(512)])
-        return torch.cat([(torch.cdist(part, centres) <= radii).any(1) for part in points.split(512)]).double().mean()
+        norms = centres.norm(dim=1).square()
+
+        def squared_distances(part):                                            # (512, len(centres))
+            return torch.addmm(norms, part, centres.T, alpha=-2).add_(part.square().sum(1, keepdim=True))
+        radii = torch.cat([squared_distances(part).topk(k + 1, largest=False).values[:, k]
+                           for part in centres.split(512)])
+        return torch.cat([(squared_distances(part) <= radii).any(1) for part in points.split(512)]).double().mean()
     return share_inside(fake, real).item(), share_inside(real, fake).item()
 
 
