@@ -30,7 +30,7 @@ from train_tokenizer import (Interrupt, Log, Meter, add_training_flags, base_par
 def encode(tokenizer, data, count, views, args, dtype):
     """Codes (views, count, N) uint16 and labels (count,) of the first images; view 1 is the mirror image."""
     codes, labels = [], []
-    for chunk in tqdm(torch.arange(count).split(256), desc=f"encoding {count:,} images x {views}", disable=None):
+    for chunk in tqdm(torch.arange(count).split(64), desc=f"encoding {count:,} images x {views}", disable=None):
         images, label = data.batch(chunk)
         images = to_float(images.to(args.device))
         with torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32):
