@@ -25,6 +25,7 @@ def add_sampling_flags(parser):
 
 
 def check_sampling_flags(parser, args):
+    """Leave with a usage error where a value is out of its range."""
     for wrong, what in ((args.num is not None and args.num < 1, f"--num is {args.num}: it must be at least 1"),
                         (args.temperature < 0, f"--temperature is {args.temperature}: it must be at least 0"),
                         (args.top_k < 0, f"--top-k is {args.top_k}: it must be at least 0"),

@@ -1145,6 +1145,25 @@ def test_reconstruction_is_measured_as_defined(judged):
     assert record["codebook_used"] == len(codes.unique()) / K and len(record["results"]) == 2
 
 
+@torch.no_grad()
+def test_reconstruction_has_lpips_of_weight_files(judged, tmp_path, capsys):
+    """Files as published: torchvision's names for VGG16 and its classifier, 1 x 1 convolutions for the linear part."""
+    model = LPIPS()
+    for w in model.lin:
+        w.uniform_()
+    torch.save({f"features.{k}": v for k, v in model.features.state_dict().items()} | {
+        "classifier.0.bias": torch.zeros(3)}, tmp_path / "vgg.pth")
+    torch.save({f"lin{i}.model.1.weight": w.view(1, -1, 1, 1) for i, w in enumerate(model.lin)}, tmp_path / "lin.pth")
+    flags = f"reconstruction --num 9 --lpips --vgg {tmp_path / 'vgg.pth'} --lpips-weights {tmp_path / 'lin.pth'}"
+    call(evaluate, judged, flags)
+    images, tokenizer = Shapes("val", 16).batch(evaluate.pick(10_000, 9))[0], load_tokenizer(judged / "tokenizer.pt")
+    copies = train_tokenizer.to_uint8(tokenizer.decode(tokenizer.encode(to_float(images))))
+    expected = model(to_float(copies), to_float(images)).mean().item()
+    assert expected > 0 and last_record(judged)["results"][0]["LPIPS"] == pytest.approx(expected, rel=1e-5)
+    (tmp_path / "lin.pth").write_bytes(b"no weights")
+    assert "are not VGG16's and LPIPS' weights" in error_of(capsys, evaluate, judged, flags)
+
+
 def test_ranks_give_what_one_process_gives(judged, reference, tmp_path):
     """Odd counts, so that the ranks' shares differ."""
     out = shutil.copytree(judged, tmp_path / "out")
