@@ -21,7 +21,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
@@ -32,8 +31,8 @@ from sample import add_sampling_flags, check_sampling_flags, sample_seeds, sampl
 from spectralar import (UNREADABLE, UserError, fingerprint, load_generator, load_tokenizer, read_checkpoint,
                         save_checkpoint)
 from train_tokenizer import (CIFAR, all_sum, base_parser, batch_indices, codebook_use, download, finish_args,
-                             gather, images_below, load_lpips, open_data, psnr, run, seed_step, share_work, to_float,
-                             to_uint8, versions, weights_folder)
+                             first_rank_first, gather, images_below, load_lpips, open_data, psnr, run, seed_step,
+                             share_work, to_float, to_uint8, versions, weights_folder)
 
 # ------------------------------------------------------------------------------------------------------------------
 # Inception-v3 as in the 2015 TensorFlow graph that FID is defined by
@@ -358,14 +357,12 @@ def train_classifier(train, val, args, steps=3000, batch_size=128):
 def load_classifier(train, val, args):
     """The classifier of --data, from classifier.pt in the run's folder; trained and kept there when absent."""
     path = args.out / "classifier.pt"
-    if not path.exists() and args.rank == 0:
+    if not path.exists():
         print(f"training a classifier of {args.data} for {path}, minutes on a CPU")
         model, accuracy = train_classifier(train, val, args)
         args.out.mkdir(parents=True, exist_ok=True)
         save_checkpoint(path, "classifier", data=args.data, image_size=args.image_size, classes=train.class_names,
                         accuracy=accuracy, model=model.state_dict())
-    if dist.is_initialized():
-        dist.barrier()
     saved = read_checkpoint(path, "classifier", args.device)
     mine = dict(data=args.data, image_size=args.image_size, classes=train.class_names)
     for k, v in mine.items():
@@ -519,8 +516,8 @@ def distances(samples, reference, args):
 def load_network(args):
     """InceptionV3, or the classifier of --data."""
     if args.features == "inception":
-        return load_inception(args.inception, args.device)
-    return load_classifier(*open_data(args), args)
+        return first_rank_first(lambda: load_inception(args.inception, args.device), args)
+    return first_rank_first(lambda: load_classifier(*open_data(args), args), args)
 
 
 def compare(args):
@@ -578,7 +575,9 @@ def reconstruction(args):
     args.image_size, N = tokenizer.config.image_size, tokenizer.config.num_tokens
     _, val = open_data(args)
     network = load_network(args)
-    lpips = load_lpips(args.vgg, args.lpips_weights, args.device) if args.lpips else None
+    lpips = None
+    if args.lpips:
+        lpips = first_rank_first(lambda: load_lpips(args.vgg, args.lpips_weights, args.device), args)
     chosen = pick(len(val), args.num)
     count = len(chosen)
     originals = extract("originals", count, lambda a, b: val.batch(chosen[a:b])[0], network, args)

@@ -539,13 +539,22 @@ def share_work(args):
     return dist.get_rank(), dist.get_world_size()
 
 
+def first_rank_first(load, args):
+    """load() on the first rank, then on the others, who find what it downloads or trains."""
+    if args.rank:
+        dist.barrier()
+    result = load()
+    if args.ranks > 1 and not args.rank:
+        dist.barrier()
+    return result
+
+
 def all_sum(x, device):
-    """The sum of a tensor over all ranks, in place."""
+    """Replace a tensor by its sum over all ranks."""
     if dist.is_initialized():
         total = x.to(device)
         dist.all_reduce(total)
         x.copy_(total)
-    return x
 
 
 def gather(x):
