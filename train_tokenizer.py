@@ -525,6 +525,9 @@ def run(main, args):
     except (FailedRun, torch.OutOfMemoryError) as e:
         print(f"failed: {str(e).splitlines()[0]}", file=sys.stderr)
         sys.exit(1)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()                                    # or its threads may abort the exit
 
 
 def share_work(args):
