@@ -71,10 +71,11 @@ class Mixed(nn.Module):
             for i, (out, kernel) in enumerate(convs, 1):
                 single = name if len(convs) == 1 else f"{name}_{i}"
                 parts = {single + "a": (1, 3), single + "b": (3, 1)} if kernel == FORK else {single: kernel}
-                for part, (kh, kw) in ((n, k if isinstance(k, tuple) else (k, k)) for n, k in parts.items()):
-                    last = i == len(convs) and stride > 1
-                    padding = 0 if last else (kh // 2, kw // 2)
-                    self.add_module(part, ConvBN(channels, out, (kh, kw), stride if last else 1, padding))
+                step = stride if i == len(convs) else 1
+                for part, size in parts.items():
+                    kh, kw = size if isinstance(size, tuple) else (size, size)
+                    padding = 0 if step > 1 else (kh // 2, kw // 2)
+                    self.add_module(part, ConvBN(channels, out, (kh, kw), step, padding))
                 self.names[name].append(list(parts))
                 channels = out * len(parts)
 
@@ -532,6 +533,8 @@ def stats(args):
     source, target = args.paths
     if Path(target).exists() and not args.overwrite:
         raise UserError(f"{target} exists: --overwrite replaces it")
+    if not Path(target).absolute().parent.is_dir():
+        raise UserError(f"{Path(target).parent} is not a folder, so {target} cannot be written: make it first")
     features = measure_path(source, load_network(args), args)
     if features.count is None:
         raise UserError(f"{source} holds statistics already: name images")

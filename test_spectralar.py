@@ -1251,6 +1251,7 @@ def broken_npz(folder):
     ("compare {tmp}/one.npz {tmp}/good.npz", "1 image(s), at least 2"),
     ("compare {tmp}/good.npz {tmp}/narrow.npz", "features of width 192 against a reference of width 3"),
     ("compare {tmp}/good.npz", "compare takes 2 paths, not 1"),
+    ("stats {tmp}/good.npz {tmp}/absent/reference.npz", "absent is not a folder"),
     ("generation --features inception --inception {tmp}/weights.pth", "weights.pth is not a whole file"),
     ("generation --features inception", "cannot download http://127.0.0.1:9/inception.pth"),
     ("reconstruction --levels 0,3", "level 0"),
@@ -1262,7 +1263,7 @@ def test_evaluate_tells_bad_input_in_one_line(flags, message, judged, tmp_path, 
     monkeypatch.setitem(PRESETS["shapes"], "image_size", 16)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setattr(evaluate, "INCEPTION_URL", "http://127.0.0.1:9/inception.pth")
-    if flags.startswith("compare"):
+    if flags.startswith(("compare", "stats")):
         flags += " --features classifier --preset shapes"
     (judged / "evaluations.jsonl").unlink(missing_ok=True)
     line = error_of(capsys, evaluate, judged, flags.format(tmp=tmp_path))
