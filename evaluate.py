@@ -27,9 +27,8 @@ from PIL import Image
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from tqdm import tqdm
 
-from sample import add_sampling_flags, check_sampling_flags, sample_seeds, sampling
-from spectralar import (UNREADABLE, UserError, fingerprint, load_generator, load_tokenizer, read_checkpoint,
-                        save_checkpoint)
+from sample import add_sampling_flags, check_sampling_flags, load_models, sample_seeds, sampling
+from spectralar import UNREADABLE, UserError, fingerprint, load_tokenizer, read_checkpoint, save_checkpoint
 from train_tokenizer import (CIFAR, all_sum, base_parser, batch_indices, codebook_use, download, finish_args,
                              first_rank_first, gather, images_below, load_lpips, open_data, psnr, run, seed_step,
                              share_work, to_float, to_uint8, versions, weights_folder)
@@ -549,7 +548,7 @@ def stats(args):
 
 
 def generation(args):
-    gpt, tokenizer, names = load_generator(args.out / "gpt.pt", args.device)
+    gpt, tokenizer, names = load_models(args)
     args.image_size, C = tokenizer.config.image_size, len(names)
     train, _ = open_data(args)
     network = load_network(args)
@@ -655,7 +654,7 @@ def parse_args(argv=None):
 
 
 def main(args):
-    args.rank, args.ranks = share_work(args)
+    share_work(args)
     start = time.perf_counter()
     rows, more = COMMANDS[args.command](args)
     if args.rank:

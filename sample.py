@@ -9,7 +9,7 @@ import argparse
 import torch
 from tqdm import tqdm
 
-from spectralar import UserError, load_generator
+from spectralar import UserError, code_fingerprint, load_generator, load_tokenizer
 from train_tokenizer import base_parser, finish_args, run, save_grid, spread_levels, to_uint8
 
 
@@ -22,6 +22,8 @@ def add_sampling_flags(parser):
     add("--temperature", type=float, default=1.0, help="of the logits; 0 = the likeliest code")
     add("--top-k", type=int, default=0, help="sample among the k likeliest codes, 0 = all")
     add("--top-p", type=float, default=1.0, help="sample among the likeliest codes of this joint probability")
+    add("--tokenizer", metavar="FILE", help="decode by this tokenizer.pt of the same codes, such as one of "
+        "train_tokenizer.py --finetune-decoder (default: the one in gpt.pt)")
 
 
 def check_sampling_flags(parser, args):
@@ -37,6 +39,18 @@ def check_sampling_flags(parser, args):
 def sampling(args):
     """How to sample, as arguments of GPT.generate."""
     return {k: getattr(args, k) for k in ("cfg", "cfg_schedule", "temperature", "top_k", "top_p")}
+
+
+def load_models(args):
+    """(GPT, SpectralTokenizer, class names) to sample with."""
+    gpt, tokenizer, names = load_generator(args.out / "gpt.pt", args.device)
+    if args.tokenizer:
+        other, own = load_tokenizer(args.tokenizer, args.device), code_fingerprint(tokenizer)
+        if code_fingerprint(other) != own:
+            raise UserError(f"{args.tokenizer} makes codes {code_fingerprint(other)}, {args.out / 'gpt.pt'} learned "
+                            f"{own}: name the tokenizer it learned from, or one that --finetune-decoder made of it")
+        tokenizer = other
+    return gpt, tokenizer, names
 
 
 def parse_args(argv=None):
@@ -70,7 +84,8 @@ def sample_seeds(seed, start, stop):
 
 @torch.no_grad()
 def main(args):
-    gpt, tokenizer, names = load_generator(args.out / "gpt.pt", args.device)
+    gpt, tokenizer, names = load_models(args)
+    names = [name.split(",")[0] for name in names]                          # of ImageNet's words the first
     classes = choose_classes(args.classes, gpt.config.num_classes)
     num = args.num or len(classes) * (1 if args.progressive else 8)
     labels = torch.tensor(classes).repeat(-(-num // len(classes)))[:num]    # image i has class i mod len(classes)

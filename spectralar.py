@@ -161,7 +161,7 @@ class Attention(nn.Module):
         self.heads = heads
         self.qkv = nn.Linear(width, 3 * width)
         self.q_norm = nn.LayerNorm(width // heads)
-        self.k_norm = nn.LayerNorm(width // heads)
+        self.k_norm = nn.LayerNorm(width // heads, bias=False)  # one would shift all scores of a query alike: no effect
         self.proj = nn.Linear(width, width)
 
     def forward(self, x, mask=None, cache=None, start=0):
@@ -239,23 +239,24 @@ class VectorQuantizer(nn.Module):
         return F.embedding(codes, F.normalize(self.codebook, dim=-1))
 
     def forward(self, z):
-        """z (B, N, d) -> quantized (B, N, d), codes (B, N), loss = |e - sg z|^2 + 0.25 |z - sg e|^2 (mean)."""
-        z = F.normalize(z.float(), dim=-1)
-        if self.training:
-            self.reseed(z.detach())
+        """Unit z (B, N, d) -> quantized (B, N, d), codes (B, N), loss = |e - sg z|^2 + 0.25 |z - sg e|^2 (mean)."""
         codes = self.nearest(z.detach())
-        if self.training:
-            share = torch.bincount(codes.flatten(), minlength=len(self.usage)) * (len(self.usage) / codes.numel())
-            self.usage.lerp_(share.to(self.usage), 1 - self.decay)
         e = self.vectors(codes)
         loss = F.mse_loss(e, z.detach()) + self.commitment * F.mse_loss(z, e.detach())
         return z + (e - z).detach(), codes, loss
 
     @torch.no_grad()
-    def reseed(self, z):
-        """Replace dead codes by random rows of z (B, N, d), and give each a full share so that it has time to live."""
-        z, dead = z.flatten(0, -2), self.usage < self.dead
-        pick = torch.randint(len(z), (len(dead),), device=z.device)
+    def update(self, z, codes):
+        """After a step, z (n, d) and codes (n,) of its whole batch: track use; dead codes become random rows of z.
+
+        A new code gets a full share of use, so that it has time to live. NOTE all that is random is drawn on the CPU:
+        ranks that were given the same batch and seed stay alike.
+        """
+        K = len(self.usage)
+        share = torch.bincount(codes, minlength=K) * (K / len(codes))
+        self.usage.lerp_(share.to(self.usage), 1 - self.decay)
+        dead = self.usage < self.dead
+        pick = torch.randint(len(z), (K,)).to(z.device)
         self.codebook.copy_(torch.where(dead[:, None], z[pick], self.codebook))
         self.usage.masked_fill_(dead, 1.0)
 
@@ -301,6 +302,7 @@ class TokenizerConfig:
 
 class SpectralTokenizer(nn.Module):
     """Image in [-1, 1] <-> N codes; the codes 1 .. i alone give the i-th sub-image low_pass(image, edges[i-1])."""
+    decoder_parts = ("from_code", "code_pos", "mask_tokens", "level_embed", "decoder", "decoder_norm", "to_pixels")
 
     def __init__(self, config):
         super().__init__()
@@ -358,7 +360,7 @@ class SpectralTokenizer(nn.Module):
         return F.fold(patches.mT, c.image_size, c.patch_size, stride=c.patch_size)
 
     def encode_vectors(self, images):
-        """(B, 3, S, S) -> (B, N, d): the encoder's outputs at the queries, before quantization."""
+        """(B, 3, S, S) -> (B, N, d): the encoder's outputs at the queries as unit vectors, before quantization."""
         S = self.config.image_size
         if images.shape[1:] != (3, S, S):
             raise ValueError(f"images are {tuple(images.shape)}, this tokenizer reads (B, 3, {S}, {S}): resize them")
@@ -368,7 +370,7 @@ class SpectralTokenizer(nn.Module):
         for block in self.encoder:
             x = block(x, mask)
         x = x[:, self.config.num_patches:]                                      # (B, N, D)
-        return self.to_code(self.encoder_norm(x))                               # (B, N, d)
+        return F.normalize(self.to_code(self.encoder_norm(x)).float(), dim=-1)  # (B, N, d)
 
     def decode_vectors(self, vectors, levels):
         """Code vectors (B, N, d), levels (B, G) -> the G reconstructions of each image (B, G, 3, S, S), in one pass.
@@ -387,13 +389,15 @@ class SpectralTokenizer(nn.Module):
         return low_pass(x, self.edges[levels - 1].flatten()).unflatten(0, (B, G))   # (B, G, 3, S, S)
 
     def forward(self, images, levels):
-        """Training: images (B, 3, S, S), levels (B, G) -> reconstructions (B, G, 3, S, S), codes (B, N), VQ loss."""
-        vectors, codes, vq_loss = self.quantizer(self.encode_vectors(images))
-        return self.decode_vectors(vectors, levels), codes, vq_loss
+        """Training: images (B, 3, S, S), levels (B, G) -> reconstructions (B, G, 3, S, S), VQ loss, and for
+        VectorQuantizer.update the vectors (B, N, d) and codes (B, N)."""
+        z = self.encode_vectors(images)
+        vectors, codes, vq_loss = self.quantizer(z)
+        return self.decode_vectors(vectors, levels), vq_loss, z.detach(), codes
 
     def encode(self, images):
         """Images (B, 3, S, S) in [-1, 1] -> codes (B, N) long."""
-        return self.quantizer.nearest(F.normalize(self.encode_vectors(images).float(), dim=-1))
+        return self.quantizer.nearest(self.encode_vectors(images))
 
     def decode(self, codes, levels=None):
         """codes (B, N) -> (B, 3, S, S). levels: how many codes each image may see; None = all, int, or (B,)."""
@@ -405,19 +409,6 @@ class SpectralTokenizer(nn.Module):
         if levels.min() < 1 or levels.max() > N:
             raise UserError(f"level {levels.min().item()} .. {levels.max().item()} is outside 1 .. {N}")
         return self.decode_vectors(self.quantizer.vectors(codes), levels[:, None])[:, 0]
-
-    def flops(self, num_levels=2):
-        """Floating point operations of the matrix products of one image's training step (forward and backward)."""
-        c = self.config
-        P, N, D = c.num_patches, c.num_tokens, c.width
-        ends = P * 3 * c.patch_size ** 2 * D * (1 + num_levels) + N * c.code_dim * (2 * D + c.codebook_size)
-        blocks = c.depth * (block_macs(P + N, D) + block_macs(N + num_levels * P, D))
-        return 6 * (blocks + ends)
-
-
-def block_macs(T, D):
-    """Multiply-adds of one block's forward pass on one sequence: 12 D^2 a token, and T x T scores and sums."""
-    return T * 12 * D * D + 2 * T * T * D
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -535,12 +526,6 @@ class GPT(nn.Module):
             codes = torch.cat([codes, code[:, None]], 1)
         return codes
 
-    def flops(self):
-        """Floating point operations of the matrix products of one image's training step (forward and backward)."""
-        c = self.config
-        modulation = c.depth * 6 * c.width ** 2 + 2 * c.width ** 2
-        return 6 * (c.depth * block_macs(c.num_tokens, c.width) + c.num_tokens * c.width * c.codebook_size + modulation)
-
 
 def guidance_scale(cfg, schedule, t, num_tokens):
     """s at token t = 0 .. N-1, with r = t / (N-1) running from 0 to 1:
@@ -591,7 +576,7 @@ def uniforms(seeds, n):
 # ------------------------------------------------------------------------------------------------------------------
 # 7. checkpoints: a dict of tensors and plain types, always read with weights_only=True
 
-FORMAT = 1                     # raised when a reader of old files would misread new ones
+FORMAT = 2                     # raised when a reader of old files would misread new ones
 UNREADABLE = (RuntimeError, EOFError, OSError, AttributeError, KeyError, TypeError, ValueError, pickle.UnpicklingError)
 
 
@@ -647,10 +632,16 @@ def load_generator(path, device="cpu"):
             build(SpectralTokenizer, TokenizerConfig, checkpoint["tokenizer"], device), checkpoint["class_names"])
 
 
-def fingerprint(model):
-    """16 hex digits that name a model by its config and weights: which tokenizer do these codes belong to?"""
+def fingerprint(model, without=()):
+    """16 hex digits that name a model by its config and weights, leaving out some of its parts."""
     digest = hashlib.sha256(repr(sorted(asdict(model.config).items())).encode())
     for name, tensor in sorted(model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+        if name.split(".")[0] not in without:
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def code_fingerprint(tokenizer):
+    """Which codes are these? Named by all that makes them, so that another decoder of the same codes is welcome."""
+    return fingerprint(tokenizer, tokenizer.decoder_parts)

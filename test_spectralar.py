@@ -13,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 import zlib
 from argparse import Namespace
 from dataclasses import fields
@@ -29,12 +30,13 @@ import sample as sample_script
 import train_gpt
 import train_tokenizer
 from spectralar import (GPT, FailedRun, GPTConfig, SpectralTokenizer, TokenizerConfig, UserError, VectorQuantizer,
-                        additive, attention, band_edges, causal_mask, dct2, dct_matrix, decoder_mask, encoder_mask,
-                        fingerprint, guidance_scale, idct2, load_generator, load_gpt, load_tokenizer, low_pass,
+                        additive, attention, band_edges, causal_mask, code_fingerprint, dct2, dct_matrix, decoder_mask,
+                        encoder_mask, fingerprint, guidance_scale, idct2, load_generator, load_gpt, load_tokenizer, low_pass,
                         sample, save_checkpoint, uniforms)
-from train_tokenizer import (LPIPS, PRESETS, SHAPES, Cifar, Folder, Log, Shapes, batch_indices, center_crop,
-                             codebook_use, download, draw_levels, lr_at, make_optimizer, open_folder, psnr,
-                             reconstruction_loss, run, to_float, update_ema)
+from train_tokenizer import (LPIPS, PRESETS, SHAPES, Cifar, Discriminator, Folder, Log, Shapes, any_crop, batch_indices,
+                             center_crop, codebook_use, cost, download, draw_levels, hinge_loss, lecam_loss, lr_at,
+                             make_optimizer, open_folder, psnr, reconstruction_losses, recompute_blocks, run, to_float,
+                             upright_rgb, update_ema)
 
 torch.set_num_threads(1)                # tiny tensors: threads would only cost time
 P, N, K, D = 16, 6, 32, 32              # 16 px in patches of 4 px
@@ -186,25 +188,22 @@ def quantizer(codes=K, width=8):
 
 
 def test_quantizer_finds_the_nearest_by_brute_force():
-    vq, z = quantizer().eval(), noise(50, 3, 8)
+    vq, z = quantizer(), F.normalize(noise(50, 3, 8), dim=-1)
     quantized, codes, loss = vq(z)
-    unit, table = F.normalize(z, dim=-1).double(), F.normalize(vq.codebook.detach(), dim=-1).double()
+    unit, table = z.double(), F.normalize(vq.codebook.detach(), dim=-1).double()
     assert torch.equal(codes, (unit[:, :, None] - table).norm(dim=-1).argmin(-1))
     assert torch.allclose(quantized.double(), table[codes], atol=1e-6)
     assert torch.allclose(loss.double(), 1.25 * (unit - table[codes]).square().mean(), rtol=1e-5)
 
 
 def test_quantizer_passes_the_gradient_straight_through():
-    vq, z, w = quantizer().eval(), noise(5, 3, 8).requires_grad_(), noise(5, 3, 8, seed=1)
+    vq, z, w = quantizer(), F.normalize(noise(5, 3, 8), dim=-1).requires_grad_(), noise(5, 3, 8, seed=1)
     (vq(z)[0] * w).sum().backward()
-    length = z.detach().norm(dim=-1, keepdim=True)
-    unit = z.detach() / length
-    expected = (w - (w * unit).sum(-1, keepdim=True) * unit) / length   # that of (normalize(z) * w).sum()
-    assert torch.allclose(z.grad, expected, atol=1e-6) and vq.codebook.grad is None
+    assert torch.equal(z.grad, w) and vq.codebook.grad is None
 
 
 def test_quantizer_is_float32_under_autocast():
-    vq, z = quantizer(1024, 16).eval(), noise(200, 4, 16)
+    vq, z = quantizer(1024, 16), F.normalize(noise(200, 4, 16), dim=-1)
     with torch.autocast("cpu", torch.bfloat16):
         quantized, codes, loss = vq(z)
     assert torch.equal(codes, vq(z)[1]) and torch.equal(quantized, vq(z)[0]) and loss.dtype == torch.float32
@@ -214,10 +213,10 @@ def test_quantizer_is_float32_under_autocast():
 def test_encode_searches_in_float32_under_autocast():
     """encode() once kept its search in bf16, and gave other codes than forward()."""
     model, images = tiny_tokenizer(), noise(64, 3, 16, 16)
-    model.quantizer = quantizer(1024).eval()
+    model.quantizer = quantizer(1024)
     with torch.autocast("cpu", torch.bfloat16):
         codes = model.encode(images)
-        vectors, trained_on = model.encode_vectors(images), model(images, torch.full((64, 1), N))[1]
+        vectors, trained_on = model.encode_vectors(images), model(images, torch.full((64, 1), N))[3]
     assert torch.equal(codes, trained_on) and torch.equal(codes, model.quantizer(vectors)[1])
 
 
@@ -226,16 +225,23 @@ def test_quantizer_revives_dead_codes_and_leaves_live_ones():
     vq, axes = quantizer(4), torch.eye(8)
     z = axes[:3].repeat(10, 1, 1) + 0.1 * noise(10, 3, 8)               # three clusters
     vq.codebook.copy_(torch.cat([axes[:3], -axes[:1]]))                 # each with its code, and one that none chooses
-    rested, _, _ = vq.eval()(z)
-    assert torch.equal(vq.usage, torch.ones(4))
-    vq.train()
     for step in range(100):
-        vq(z)
+        vq.update(F.normalize(z, dim=-1).flatten(0, 1), vq(F.normalize(z, dim=-1))[1].flatten())
         if vq.codebook[3, 0] != -1:
             break
-    assert step == 59                                                   # 0.95^59 is the first below 5 %
+    assert step == 58                                                   # 0.95^59 is the first below 5 %
     assert (F.normalize(z, dim=-1) == vq.codebook[3]).all(-1).any()     # it is one of the vectors now, and in use
-    assert (vq(z)[1] == 3).any() and torch.equal(vq.codebook[:3], axes[:3])
+    assert (vq(F.normalize(z, dim=-1))[1] == 3).any() and torch.equal(vq.codebook[:3], axes[:3])
+
+
+@torch.no_grad()
+def test_quantizer_starts_from_the_first_batch():
+    torch.manual_seed(0)
+    vq, z = VectorQuantizer(K, 8), F.normalize(noise(50, 8), dim=-1)
+    torch.nn.init.normal_(vq.codebook)
+    old = vq.codebook.clone()
+    vq.update(z, torch.zeros(50, dtype=torch.long))                     # all chose code 0, which alone stays
+    assert torch.equal(vq.codebook[0], old[0]) and (vq.codebook[1:, None] == z).all(-1).any(1).all()
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -318,13 +324,17 @@ def test_flat_tokenizer_sees_all():
 
 def test_training_levels_and_loss_equal_their_definition():
     torch.manual_seed(0)
-    drawn = draw_levels(500, N, False, "cpu")
+    drawn = draw_levels(500, N, False)
     assert (drawn[:, 0] == N).all() and set(drawn[:, 1].tolist()) == set(range(1, N))
-    assert draw_levels(2, N, True, "cpu").tolist() == [[N], [N]]
+    assert draw_levels(2, N, True).tolist() == [[N], [N]]
     images, recon, levels = noise(3, 3, 8, 8), noise(3, 2, 3, 8, 8, seed=1), torch.tensor([[4, 1], [4, 2], [4, 3]])
     expected = sum((recon[b, g] - low_pass(images[b:b + 1], 2 * levels[b, g].item())[0]).square().mean() / 3
                    for b in range(3) for g in range(2))
-    assert torch.allclose(reconstruction_loss(recon, images, levels, band_edges(4, 8, 1)), expected, rtol=1e-5)
+    losses = reconstruction_losses(recon, images, levels, band_edges(4, 8, 1), lambda a, b: (a - b).amax((1, 2, 3)))
+    assert torch.allclose(losses["rec"], expected, rtol=1e-5)
+    expected = sum((recon[b, g] - low_pass(images[b:b + 1], 2 * levels[b, g].item())[0]).max() / 3
+                   for b in range(3) for g in range(2))
+    assert torch.allclose(losses["lpips"], expected, rtol=1e-5)
 
 
 def overfit(model, lr, steps, loss_of):
@@ -342,12 +352,15 @@ def overfit(model, lr, steps, loss_of):
 def test_tokenizer_overfits_eight_images():
     torch.manual_seed(0)
     model = SpectralTokenizer(TokenizerConfig(16, 4, N, K, 8, 64, 2, 4, 1.0))
-    images = to_float(Shapes("train", 16).batch(torch.arange(8))[0])
+    images, passes = to_float(Shapes("train", 16).batch(torch.arange(8))[0]), []
 
     def loss():
-        levels = draw_levels(8, N, False, "cpu")
-        recon, _, vq_loss = model(images, levels)
-        return reconstruction_loss(recon, images, levels, model.edges) + vq_loss
+        levels = draw_levels(8, N, False)
+        if passes:
+            model.quantizer.update(*passes[-1])                         # after the last step
+        recon, vq_loss, z, codes = model(images, levels)
+        passes.append((z.flatten(0, 1), codes.flatten()))
+        return reconstruction_losses(recon, images, levels, model.edges)["rec"] + vq_loss
     losses = overfit(model, 2e-3, 300, loss)
     assert np.mean(losses[-10:]) < losses[0] / 12
 
@@ -475,7 +488,7 @@ def test_gpt_has_the_papers_sizes(width, depth, expected, tolerance):
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_build(name):
     preset = PRESETS[name]
-    sizes = [preset["gpt"][k] for k in ("width", "depth", "heads")]
+    sizes = [preset["gpt"][k] or {"width": 1024, "heads": 16}[k] for k in ("width", "depth", "heads")]
     with torch.device("meta"):
         SpectralTokenizer(TokenizerConfig(**{f.name: preset[f.name] for f in fields(TokenizerConfig)}))
         GPT(GPTConfig(10, preset["num_tokens"], preset["codebook_size"], *sizes))
@@ -546,12 +559,13 @@ def test_folder_split_is_disjoint_and_covers_all(tmp_path):
     write_images(tmp_path / "b", 30), write_images(tmp_path / "a" / "deeper", 10)
     train, val = open_folder(tmp_path, 16, 2)
     assert train.class_names == val.class_names == ["a", "b"] and len(val) == 2
-    assert not set(train.files) & set(val.files) and set(train.files) | set(val.files) == set(tmp_path.rglob("*.png"))
-    assert [train.class_names[c] for c in train.labels] == [f.relative_to(tmp_path).parts[0] for f in train.files]
+    assert not set(train.files) & set(val.files)
+    assert set(train.files) | set(val.files) == {str(f) for f in tmp_path.rglob("*.png")}
+    assert [train.class_names[c] for c in train.labels] == [Path(f).relative_to(tmp_path).parts[0] for f in train.files]
     assert open_folder(tmp_path, 16, 1)[1].files == val.files
     images, labels = train.batch([5, 0])
     assert images.shape == (2, 3, 16, 16) and torch.equal(labels, train.labels[[5, 0]])
-    assert images[0, :, 3, 3].tolist() == [int(train.files[5].stem), 100, 200]
+    assert images[0, :, 3, 3].tolist() == [int(Path(train.files[5]).stem), 100, 200]
 
 
 def test_folder_with_train_and_val_must_agree(tmp_path):
@@ -566,10 +580,10 @@ def test_folder_names_what_it_cannot_decode_and_stops_above_one_in_a_thousand(tm
     good, cut, text = write_images(tmp_path, 1) / "000.png", tmp_path / "cut.png", tmp_path / "text.png"
     cut.write_bytes(good.read_bytes()[:40])
     text.write_text("no image")
-    data = Folder({"a": [cut] + [good] * 998 + [text]}, 16, 1)
-    images, _ = data.batch([0, 1, 0])
-    assert torch.equal(images[0], images[1]) and torch.equal(images[2], images[1])
-    lines = capsys.readouterr().out.splitlines()
+    data = Folder([[cut], [good] * 998 + [text]], ["a", "b"], 16, 1)
+    images, labels = data.batch([0, 1, 0])
+    assert torch.equal(images[0], images[1]) and torch.equal(images[2], images[1]) and labels.tolist() == [1, 1, 1]
+    lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1 and "cut.png" in lines[0]                    # named once, however often it is drawn
     with pytest.raises(UserError, match="2 of 1000"):
         data.batch([999])
@@ -582,8 +596,82 @@ def test_center_crop_gives_the_middle_at_the_size():
     assert np.array_equal(np.array(center_crop(Image.fromarray(pixels), 16)), pixels[:, 16:32])
 
 
+def test_training_crops_are_the_squares_they_say():
+    x, y = np.meshgrid(np.arange(300), np.arange(200))
+    image = Image.fromarray(np.stack([x * 255 // 299, y * 255 // 199, 0 * x], -1).astype(np.uint8))
+    for scale, down, right in ((1.0, 0.3, 0.0), (1.125, 0.0, 1.0), (1.1, 0.5, 0.5)):
+        crop, side = np.array(any_crop(image.copy(), 50, scale, down, right)).astype(float), 200 / scale
+        left, top = (300 - side) * right, (200 - side) * down
+        assert abs(crop[25, [0, -1], 0] - [255 / 299 * (left + o) for o in (side / 100, side * 0.99)]).max() < 2
+        assert abs(crop[[0, -1], 25, 1] - [255 / 199 * (top + o) for o in (side / 100, side * 0.99)]).max() < 2
+
+
+def test_odd_images_are_handled_or_named(tmp_path):
+    """Red above blue, in every way that files have: what comes out is RGB, upright."""
+    halves = Image.new("RGB", (40, 40), (255, 0, 0))
+    halves.paste((0, 0, 255), (0, 20, 40, 40))
+    exif = Image.Exif()
+    exif[0x0112] = 6                                                    # "turn me a quarter clockwise"
+    halves.rotate(90).save(tmp_path / "turned.png", exif=exif)
+    halves.convert("CMYK").save(tmp_path / "cmyk.jpg", quality=95)
+    halves.quantize(2).save(tmp_path / "palette.png")
+    halves.save(tmp_path / "plain.tif")
+    Image.fromarray(np.array([[65535] * 40] * 20 + [[256] * 40] * 20, np.uint16)).save(tmp_path / "16-bit.png")
+    halves.convert("L").save(tmp_path / "grey.png")
+    clear = halves.convert("RGBA")
+    clear.putalpha(Image.fromarray(np.array([[255] * 40] * 20 + [[0] * 40] * 20, np.uint8)))
+    clear.save(tmp_path / "clear.png")
+    expected = {"16-bit.png": ((255,) * 3, (1,) * 3), "grey.png": ((76,) * 3, (29,) * 3),
+                "clear.png": ((255, 0, 0), (255,) * 3)}
+    files = sorted(str(f) for f in tmp_path.iterdir())
+    for crops in (None, torch.tensor([[1.0, 0, 0]] * len(files))):
+        images, _ = Folder([files], ["a"], 16, 1).batch(range(len(files)), crops)
+        for file, image in zip(files, images):
+            upper, lower = expected.get(Path(file).name, ((255, 0, 0), (0, 0, 255)))
+            found = torch.stack([image[:, 3, 8], image[:, 12, 8]]).float()
+            assert (found - torch.tensor([upper, lower])).abs().max() <= 2, file
+    with pytest.raises(ValueError, match="500 x 1 px"):
+        upright_rgb(Image.new("RGB", (500, 1)))
+    with pytest.raises(ValueError, match="floating"):
+        upright_rgb(Image.new("F", (9, 9)))
+
+
+@pytest.mark.parametrize("inside", ["", "Data/CLS-LOC"])
+def test_imagenet_is_read_as_published(inside, tmp_path):
+    for split, number in (("train", 3), ("val", 2)):
+        for wnid in ("n02", "n01"):
+            write_images(tmp_path / "ILSVRC" / inside / split / wnid, number)
+    (tmp_path / "LOC_synset_mapping.txt").write_text("n01 tench, Tinca tinca\nn02 goldfish\nn03 more\n")
+    args = train_tokenizer.parse_args(["--data", "imagenet", "--data-dir", str(tmp_path / "ILSVRC"), "--image-size", "16"])
+    train, val = train_tokenizer.open_data(args)
+    assert train.class_names == val.class_names == ["tench, Tinca tinca (n01)", "goldfish (n02)"]
+    assert (len(train), len(val)) == (6, 4) and args.out == Path("out/imagenet")
+
+
 # ------------------------------------------------------------------------------------------------------------------
 # run helpers
+
+def test_cost_counts_each_product_and_what_backward_keeps():
+    """A linear layer's three products of 2 n^3, and the 12 layers of ViT-B by hand; recomputing keeps less."""
+    layer, x = torch.nn.Linear(8, 8, bias=False), noise(8, 8, seed=1).requires_grad_()
+    assert cost(lambda: layer(x).sum(), layer) == (3 * 2 * 8 ** 3, 8 * 8 * 4)
+    model, codes = tiny_gpt(), some_codes(1)
+    macs = 2 * (N * 12 * D * D + 2 * N * N * D + 6 * D * D) + N * D * K + 2 * D * D     # blocks and AdaLN, head, last norm
+    flops, kept = cost(lambda: model(codes, torch.zeros(1, dtype=torch.long)).square().sum(), model)
+    assert flops == 6 * macs
+    recompute_blocks(model)
+    again, less = cost(lambda: model(codes, torch.zeros(1, dtype=torch.long)).square().sum(), model)
+    assert flops < again < 4 / 3 * flops and less < kept / 2
+
+
+def test_recomputed_blocks_give_the_same_gradients():
+    model, codes = tiny_gpt(), some_codes(3)
+    other = copy.deepcopy(model)
+    recompute_blocks(other)
+    for m in (model, other):
+        m(codes, torch.arange(3)).square().sum().backward()
+    assert all(torch.equal(a.grad, b.grad) for a, b in zip(model.parameters(), other.parameters()))
+
 
 def test_lr_at_equals_its_formula():
     args = Namespace(lr=2.0, warmup=10, hold=0.5, steps=110)
@@ -626,7 +714,7 @@ def test_codebook_use_by_hand():
 def test_log_does_without_git(tmp_path, monkeypatch):
     """Slim containers have no git: the run must start all the same."""
     monkeypatch.setenv("PATH", str(tmp_path))
-    Log(tmp_path / "log.jsonl", Namespace(resume=False, device="cpu"), tiny_gpt())
+    Log(tmp_path / "log.jsonl", Namespace(resume=False, device="cpu", rank=0, dry_run=False), tiny_gpt())
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -657,11 +745,11 @@ def test_checkpoint_that_is_damaged_is_told_in_one_line(damage, tmp_path):
 def test_checkpoint_of_another_kind_or_format_or_none_is_told(tmp_path):
     path = tmp_path / "tokenizer.pt"
     save_checkpoint(path, "tokenizer", model={})
-    with pytest.raises(UserError, match="holds a tokenizer of format 1, not a gpt"):
+    with pytest.raises(UserError, match="holds a tokenizer of format 2, not a gpt"):
         load_gpt(path)
     with pytest.raises(UserError, match="absent.pt does not exist"):
         load_tokenizer(tmp_path / "absent.pt")
-    torch.save(dict(kind="tokenizer", format=1, config=tmp_path), path)                 # a pickle that runs code
+    torch.save(dict(kind="tokenizer", format=2, config=tmp_path), path)                 # a pickle that runs code
     with pytest.raises(UserError, match="not a whole checkpoint"):
         load_tokenizer(path)
     torch.save(dict(kind="tokenizer", format=99), path)
@@ -851,6 +939,31 @@ def test_lpips_equals_its_value_when_it_matched_the_lpips_package():
     assert model(to_float(a), to_float(a)).tolist() == [0, 0]
 
 
+def test_lpips_has_a_gradient_where_all_features_are_zero():
+    """A root's slope at 0 is infinite: black patches of a real network once made the loss's gradient nan."""
+    model, image = LPIPS(), torch.zeros(1, 3, 32, 32, requires_grad=True)
+    for v in model.features.parameters():
+        torch.nn.init.zeros_(v)                                         # every feature is 0
+    for w in model.lin:
+        torch.nn.init.ones_(w)
+    model(image, noise(1, 3, 32, 32)).sum().backward()
+    assert torch.isfinite(image.grad).all()
+
+
+def test_adversarial_losses_equal_their_formulas():
+    real, fake, means = noise(5, 7), noise(5, 7, seed=1), (0.3, -0.2)
+    relu = lambda x: max(x, 0.0)
+    r, f = real.flatten().tolist(), fake.flatten().tolist()
+    assert hinge_loss(real, fake).item() == pytest.approx(
+        (sum(relu(1 - x) for x in r) + sum(relu(1 + x) for x in f)) / 70, rel=1e-5)
+    assert lecam_loss(real, fake, *means).item() == pytest.approx(      # real against the fakes' mean, and vice versa
+        (sum(relu(x + 0.2) ** 2 for x in r) + sum(relu(0.3 - x) ** 2 for x in f)) / 35, rel=1e-5)
+    critic = Discriminator().requires_grad_(False)
+    assert critic(noise(2, 3, 64, 64)).shape == (2, 1, 8, 8)
+    images = noise(2, 3, 32, 32)
+    assert torch.allclose(critic(images)[1:], critic(images[1:]), atol=1e-6)        # an image's logits are its own
+
+
 def test_download_keeps_no_file_that_is_wrong(tmp_path, monkeypatch):
     source, target = tmp_path / "source", tmp_path / "folder" / "target"
     source.write_bytes(b"weights")
@@ -923,16 +1036,18 @@ def a_copy(trained, tmp_path):
 
 @torch.no_grad()
 def test_scripts_run_end_to_end(trained):
-    assert {f.name for f in trained.iterdir()} == {"tokenizer.pt", "gpt.pt", "codes.npz", "log-tokenizer.jsonl",
-                                                   "log-gpt.jsonl", "recon.png", "samples.png"}
+    assert {f.name for f in trained.iterdir()} == {"tokenizer.pt", "gpt.pt", "codes-train.npy", "codes-val.npy",
+                                                   "codes.json", "log-tokenizer.jsonl", "log-gpt.jsonl", "recon.png",
+                                                   "samples.png"}
     tokenizer, (gpt, carried, names) = load_tokenizer(trained / "tokenizer.pt"), load_generator(trained / "gpt.pt")
     assert fingerprint(tokenizer) == fingerprint(carried) and names == list(SHAPES)
     assert gpt.config == GPTConfig(10, N, K, D, 2, 4)
-    images, labels = Shapes("train", 16).batch(torch.arange(64))
-    views = torch.stack([tokenizer.encode(to_float(x)) for x in (images, images.flip(-1))])
-    with np.load(trained / "codes.npz") as cache:
-        assert np.array_equal(cache["train_codes"], views) and np.array_equal(cache["train_labels"], labels)
-        assert cache["train_codes"].dtype == np.uint16
+    for split, sides in (("train", 2), ("val", 1)):
+        codes = np.load(trained / f"codes-{split}.npy")
+        images, labels = Shapes(split, 16).batch(torch.arange(len(codes)))
+        views = torch.stack([tokenizer.encode(to_float(x)) for x in (images, images.flip(-1))[:sides]], 1)
+        assert len(codes) == {"train": 64, "val": 16}[split]
+        assert np.array_equal(codes["codes"], views) and np.array_equal(codes["label"], labels)
 
 
 def test_sample_draws_what_it_is_asked_for_from_gpt_pt_alone(trained, tmp_path):
@@ -977,6 +1092,139 @@ def test_resume_is_exact(script, kind, trained, a_copy, monkeypatch):
         assert all(torch.equal(state[k], resumed["optimizer"]["state"][i][k]) for k in state)
 
 
+def start(script, out, flags="", ranks=1):
+    """A script as a process of its own, or as several under torchrun."""
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--"] if ranks > 1 else []
+    words = shlex.split(f"{FLAGS[script]} --device cpu --dtype float32 --out {shlex.quote(str(out))} {flags}")
+    return subprocess.Popen([sys.executable, *launcher, script.__file__, *words], env=dict(os.environ, OMP_NUM_THREADS="1"),
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def finish(process, code=0):
+    text = process.communicate(timeout=300)[0]
+    assert process.returncode == code, text
+    return text
+
+
+def wait_for(condition, process):
+    while not condition():
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.005)
+
+
+def assert_same(path, other, tolerance=0.0):
+    """Two checkpoints hold the same weights, averages, moments and codebook statistics, and did as many steps."""
+    a, b = (torch.load(f, weights_only=True) for f in (path, other))
+    assert a["step"] == b["step"] and a.keys() == b.keys()
+    for name in {"model", "ema", "optimizer", "critic", "critic_optimizer"} & a.keys():
+        flat = [{k: v for part in ([c[name]] if "state" not in c[name] else c[name]["state"].items()) for k, v in (
+                 part.items() if isinstance(part, dict) else {f"{part[0]}.{k}": v for k, v in part[1].items()}.items())}
+                for c in (a, b)]
+        assert flat[0].keys() == flat[1].keys()
+        worst = max((x.double() - flat[1][k].double()).abs().max().item() for k, x in flat[0].items())
+        # Adam's first steps are as large for a gradient that is all rounding: some of the critic's are
+        assert worst <= tolerance * (20 if "critic" in name else 1), (name, worst)
+
+
+@TRAINING
+def test_ranks_and_passes_train_as_one_process_does(script, kind, a_copy, tmp_path):
+    """Adversarial loss and codebook statistics included; batches, levels, crops and label drops are the same."""
+    flags = "--steps 20 --log-every 1 --overwrite" + (" --gan 0.5 --gan-start 12" if kind == "tokenizer" else "")
+    runs = {f"{ranks} x {micro}": shutil.copytree(a_copy, tmp_path / f"{ranks}x{micro}")
+            for ranks, micro in ((1, 8), (1, 4), (2, 4), (2, 2))}
+    processes = [start(script, out, f"{flags} --micro-batch {name[4:]}", int(name[0])) for name, out in runs.items()]
+    for process in processes:
+        finish(process)
+    first = runs.pop("1 x 8")
+    logs = lambda out: [r for r in map(json.loads, (out / f"log-{kind}.jsonl").read_text().splitlines()) if "ms" in r]
+    for name, out in runs.items():
+        assert_same(first / f"{kind}.pt", out / f"{kind}.pt", 1e-5)
+        assert len(logs(out)) == 20
+        for one, other in zip(logs(first), logs(out)):
+            for term in {"loss", "rec", "vq", "gan", "critic", "bits", "accuracy", "used"} & one.keys():
+                assert other[term] == pytest.approx(one[term], rel=1e-5, abs=1e-5), (name, one["step"], term)
+
+
+@TRAINING
+def test_killed_run_resumes_exactly(script, kind, trained, tmp_path):
+    flags = "--steps 60 --save-every 4 --keep 2" + (" --gan 0.5 --gan-start 5" if kind == "tokenizer" else "")
+    whole, killed = (shutil.copytree(trained, tmp_path / name, ignore=shutil.ignore_patterns(f"{kind}.pt"))
+                     for name in ("whole", "killed"))
+    uninterrupted, process = start(script, whole, flags), start(script, killed, flags)
+    wait_for((killed / f"{kind}.pt").exists, process)
+    process.kill()                                                      # between two steps, in one, or in a save
+    process.communicate()
+    assert torch.load(killed / f"{kind}.pt", weights_only=True)["step"] in range(4, 60, 4)
+    resumed = start(script, killed, f"{flags} --resume")
+    finish(uninterrupted), finish(resumed)
+    assert_same(whole / f"{kind}.pt", killed / f"{kind}.pt")
+    assert sorted(f.name for f in killed.glob(f"{kind}-*")) == [f"{kind}-0000056.pt", f"{kind}-0000060.pt"]
+    assert_same(killed / f"{kind}-0000060.pt", killed / f"{kind}.pt")
+
+
+@TRAINING
+def test_stopped_ranks_save_together_and_resume_exactly(script, kind, trained, tmp_path):
+    whole, stopped = (shutil.copytree(trained, tmp_path / name, ignore=shutil.ignore_patterns(f"{kind}.pt"))
+                      for name in ("whole", "stopped"))
+    flags = "--steps 150 --log-every 1 --batch-size 8" + (" --zero" if kind == "gpt" else "")
+    log = stopped / f"log-{kind}.jsonl"
+    log.unlink()
+    uninterrupted, process = start(script, whole, flags, 2), start(script, stopped, flags, 2)
+    wait_for(lambda: log.exists() and len(log.read_text().splitlines()) > 3, process)
+    process.send_signal(signal.SIGTERM)                                 # to torchrun, which passes it on
+    assert "SIGTERM after step" in process.communicate(timeout=60)[0]
+    assert torch.load(stopped / f"{kind}.pt", weights_only=True)["step"] < 150
+    finish(uninterrupted), finish(start(script, stopped, f"{flags} --resume", 2))
+    assert_same(whole / f"{kind}.pt", stopped / f"{kind}.pt")
+
+
+def test_killed_encoding_goes_on_where_it_was(trained, tmp_path):
+    flags = "--code-images 3000 --steps 1"
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    for out in (whole, killed):
+        out.mkdir(), shutil.copy(trained / "tokenizer.pt", out)
+    part = killed / "codes-train.npy.part"
+    done = lambda: (np.load(part, mmap_mode="r")["label"] != train_gpt.TODO).sum()
+    process = start(train_gpt, killed, flags)
+    wait_for(lambda: part.exists() and done() > 200, process)
+    process.kill(), process.communicate()
+    before = done()
+    assert 200 < before < 3000 and not (killed / "codes-train.npy").exists()
+    finish(start(train_gpt, whole, flags)), finish(start(train_gpt, killed, flags, 2))  # and two ranks give the same
+    codes = [np.load(out / "codes-train.npy") for out in (whole, killed)]
+    assert np.array_equal(*codes) and not part.exists() and (codes[0]["label"] < 10).all()
+
+
+def test_finetuned_decoder_keeps_the_codes(trained, tmp_path, capsys):
+    source, out = trained / "tokenizer.pt", tmp_path / "out"
+    call(train_tokenizer, out, f"--finetune-decoder {source} --image-size 99")          # sizes are the file's
+    old, new = load_tokenizer(source), load_tokenizer(out / "tokenizer.pt")
+    images = to_float(Shapes("val", 16).batch(range(20))[0])
+    assert torch.equal(old.encode(images), new.encode(images)) and code_fingerprint(old) == code_fingerprint(new)
+    assert fingerprint(old) != fingerprint(new)
+    for (name, a), b in zip(old.named_parameters(), new.parameters()):
+        assert torch.equal(a, b) == (name.split(".")[0] not in old.decoder_parts), name
+    shutil.copy(trained / "gpt.pt", out)
+    pictures = []
+    for flags in ("", f"--tokenizer {source}"):
+        call(sample_script, out, f"--num 4 --tokenizer {out / 'tokenizer.pt'} {flags}")
+        pictures.append(np.array(Image.open(out / "samples.png")).astype(int))
+    assert abs(pictures[0] - pictures[1]).max() > 0
+    line = error_of(capsys, train_tokenizer, out, "--resume --steps 9 --image-size 16")
+    assert "resume with the flags of its start" in line
+
+
+@TRAINING
+def test_dry_run_plans_and_writes_nothing(script, kind, tmp_path, capsys):
+    call(script, tmp_path / "out", "--dry-run --steps 1000 --batch-size 64 --micro-batch 4 --tflops 1 --gpus 2")
+    text = capsys.readouterr().out
+    plan = dict(re.findall(r"^  (\w+) +(.*)$", text[text.index("the plan"):], re.M))
+    assert list(plan) == ["parameters", "tokens", "batch", "steps", "compute", "memory", "time", "here"]
+    gflop, total = (float(x) for x in re.findall(r"([\d.e+]+) G?FLOP", plan["compute"]))
+    assert total == pytest.approx(gflop * 1e9 * 64000, rel=0.01) and "4 image(s)" in plan["here"]
+    assert plan["batch"] == "64 images, 32 on each of 2 GPUs" and not (tmp_path / "out").exists()
+
+
 @TRAINING
 def test_run_does_not_replace_a_checkpoint_unasked(script, kind, a_copy, capsys):
     path = a_copy / f"{kind}.pt"
@@ -993,21 +1241,21 @@ def test_codes_of_another_tokenizer_are_refused(a_copy, capsys):
     checkpoint = torch.load(a_copy / "tokenizer.pt", weights_only=True)
     checkpoint["ema"]["patch_pos"] += 1
     torch.save(checkpoint, a_copy / "tokenizer.pt")
-    old, new = (fingerprint(m) for m in (load_generator(a_copy / "gpt.pt")[1], load_tokenizer(a_copy / "tokenizer.pt")))
+    old, new = (code_fingerprint(m) for m in (load_generator(a_copy / "gpt.pt")[1],
+                                              load_tokenizer(a_copy / "tokenizer.pt")))
     line = error_of(capsys, train_gpt, a_copy, "--resume --steps 9")    # those that the generator learned
     assert line.startswith("error: ") and old in line and new in line and "--overwrite" in line
     (a_copy / "gpt.pt").unlink()
     line = error_of(capsys, train_gpt, a_copy)                          # those in the cache
-    assert line.startswith("error: ") and old in line and new in line and "codes.npz" in line
+    assert line.startswith("error: ") and old in line and new in line and "codes.json" in line
     call(train_gpt, a_copy, "--overwrite")
-    assert fingerprint(load_generator(a_copy / "gpt.pt")[1]) == new
+    assert code_fingerprint(load_generator(a_copy / "gpt.pt")[1]) == new
 
 
 def test_training_uses_the_mirror_images(trained, a_copy):
-    with np.load(a_copy / "codes.npz") as file:
-        cache = dict(file)
-    cache["train_codes"][1] = (cache["train_codes"][1] + 1) % K
-    np.savez(a_copy / "codes.npz", **cache)
+    codes = np.load(a_copy / "codes-train.npy", mmap_mode="r+")
+    codes["codes"][:, 1] = (codes["codes"][:, 1] + 1) % K
+    codes.flush()
     (a_copy / "gpt.pt").unlink()
     call(train_gpt, a_copy)
     assert not torch.equal(load_gpt(a_copy / "gpt.pt").pos, load_gpt(trained / "gpt.pt").pos)
@@ -1037,7 +1285,17 @@ def test_dropped_labels_train_the_row_without_a_class(drop, untouched, a_copy):
     (train_tokenizer, "--out {tmp}/classes/full/000.png", "000.png"),
     (train_gpt, "", "tokenizer.pt does not exist"),
     (train_gpt, "--out {tmp}/broken-tokenizer.pt", "tokenizer.pt is not a whole checkpoint"),
-    (train_gpt, "--out {tmp}/broken-codes.npz", "codes.npz/codes.npz"),
+    (train_gpt, "--out {tmp}/broken-codes-train.npy", "codes-train.npy is not the file of codes"),
+    (train_gpt, "--out {tmp}/broken-codes.json", "codes.json tells of codes with tokenizer None"),
+    (train_gpt, "--out {trained} --overwrite --views ten-crop", "crops image files, shapes has none"),
+    (train_tokenizer, "--data imagenet --data-dir {tmp}/classes", "classes has no train folder"),
+    (train_tokenizer, "--batch-size 7 --micro-batch 2", "7 images of --batch-size 7, no multiple of --micro-batch 2"),
+    (train_tokenizer, "--micro-batch 0", "--micro-batch is 0"),
+    (train_tokenizer, "--finetune-decoder {tmp}/absent.pt", "absent.pt does not exist"),
+    (train_tokenizer, "--finetune-decoder {tmp}/out/tokenizer.pt", "would replace itself"),
+    (train_tokenizer, "--perceptual 1 --vgg {tmp}/classes/full/000.png --lpips-weights {tmp}/classes/full/000.png",
+     "are not VGG16's and LPIPS' weights"),
+    (sample_script, "--out {trained} --tokenizer {tmp}/other.pt", "makes codes"),
     (sample_script, "", "gpt.pt does not exist"),
     (sample_script, "--out {tmp}/broken-gpt.pt", "gpt.pt is not a whole checkpoint"),
     (sample_script, "--out {trained} --classes 10", "class 10 is outside 0 .. 9, the model's 10 classes"),
@@ -1045,11 +1303,15 @@ def test_dropped_labels_train_the_row_without_a_class(drop, untouched, a_copy):
     (sample_script, "--out {trained} --top-p 0", "--top-p is 0")])
 def test_bad_input_is_told_in_one_line(script, flags, message, trained, tmp_path, capsys):
     write_images(tmp_path / "classes" / "full", 1), (tmp_path / "classes" / "empty").mkdir()
-    for name in ("tokenizer.pt", "gpt.pt", "codes.npz"):
+    for name in ("tokenizer.pt", "gpt.pt", "codes-train.npy", "codes.json"):
         folder = tmp_path / f"broken-{name}"
         folder.mkdir()
-        shutil.copy(trained / "tokenizer.pt", folder)
-        (folder / name).write_bytes((trained / name).read_bytes()[:3000])
+        shutil.copy(trained / "tokenizer.pt", folder), shutil.copy(trained / "codes.json", folder)
+        (folder / name).write_bytes((trained / name).read_bytes()[:1500])
+    (tmp_path / "broken-codes.json" / "codes.json").write_text("{}")
+    other = torch.load(trained / "tokenizer.pt", weights_only=True)
+    other["ema"]["queries"] += 1
+    torch.save(other, tmp_path / "other.pt")
     line = error_of(capsys, script, tmp_path / "out", flags.format(tmp=tmp_path, trained=trained))
     assert "error: " in line and message in line and not list((tmp_path / "out").glob("*.pt"))
 

@@ -2,81 +2,153 @@
 
   python train_gpt.py                                           # after python train_tokenizer.py
   python train_gpt.py --data cifar10 --depth 8 --width 256      # after train_tokenizer.py --data cifar10
+  torchrun --nproc-per-node 8 train_gpt.py --data imagenet --data-dir /path/to/ILSVRC          # d16, the paper's size
+  python train_gpt.py --data imagenet --data-dir /path/to/ILSVRC --depth 30 --dry-run          # what would d30 take?
 
-The data set is encoded once, each image and its mirror image, into codes.npz. After the run: samples.png (a row a
-class) and log-gpt.jsonl.
+The data set is encoded once, in the views of --views, into codes-train.npy and codes-val.npy, by all processes together;
+a run that was stopped goes on encoding where it was. ImageNet at 64 tokens takes 164 MB a view. After the run:
+samples.png (a row a class) and log-gpt.jsonl.
 """
+import argparse
 import copy
+import json
 import math
 import os
 import time
-import zipfile
-from dataclasses import asdict
+from dataclasses import asdict, fields
+from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from spectralar import GPT, FailedRun, GPTConfig, UserError, fingerprint, load_tokenizer, save_checkpoint
-from train_tokenizer import (Interrupt, Log, Meter, add_training_flags, base_parser, batch_indices,
-                             choose_dtype, finish_args, lr_at, make_optimizer, new_run, open_data, plain, restore, run,
-                             save_grid, seed_step, to_float, to_uint8, update_ema)
+from spectralar import (GPT, FailedRun, GPTConfig, SpectralTokenizer, TokenizerConfig, UserError, code_fingerprint,
+                        load_tokenizer)
+from train_tokenizer import (Folder, Interrupt, Log, Meter, add_training_flags, ahead, any_rank, autocast, base_parser,
+                             batch_indices, choose_dtype, cost, finish_args, lr_at, make_optimizer, micro_rows, new_run,
+                             open_data, optimizer_step, preset_of, print_plan, recompute_blocks, restore, run, save_grid,
+                             save_run, seed_step, share_batch, share_work, syncing, to_float, to_uint8, update_ema, wrap)
 
 # ------------------------------------------------------------------------------------------------------------------
 # codes of the data set, encoded once
 
+CENTRE, FIVE = [None], [(1.1, y, x) for y, x in ((0.5, 0.5), (0, 0), (0, 1), (1, 0), (1, 1))]   # see Folder.batch
+VIEWS = {"centre": (CENTRE, 1), "flip": (CENTRE, 2), "ten-crop": (FIVE, 2)}     # crops; 2: each and its mirror image
+TODO = 65535                                                            # label of an image that is not encoded yet
+
+
+def code_records(views, N):
+    """The .npy's dtype: an image's label and its codes in all views (V, N)."""
+    crops, sides = VIEWS[views]
+    return np.dtype([("label", np.uint16), ("codes", np.uint16, (len(crops) * sides, N))])
+
+
+def make_blank(path, count, record):
+    """A .npy of images still to do, written out in full, so that a disk too small is met here."""
+    blank = np.zeros(min(count, 2 ** 16), record)
+    blank["label"] = TODO
+    try:
+        with open(f"{path}.new", "wb") as file:
+            header = np.lib.format.header_data_from_array_1_0(blank)
+            np.lib.format.write_array_header_1_0(file, dict(header, shape=(count,)))
+            for start in range(0, count, len(blank)):
+                file.write(blank[:count - start].tobytes())
+        os.replace(f"{path}.new", path)
+    except OSError as e:
+        Path(f"{path}.new").unlink(missing_ok=True)
+        raise FailedRun(f"cannot write {path}, {count * record.itemsize / 1e6:,.0f} MB ({e.strerror}): free disk space, "
+                        f"or take fewer --views") from None
+
+
+def open_codes(path, count, record, mode):
+    """The memory-mapped records of a file of codes."""
+    try:
+        file = np.load(path, mmap_mode=mode)
+        if file.dtype == record and file.shape == (count,):
+            return file
+        reason = f"{file.shape} records of {file.dtype}, not {count} of {record}"
+    except (OSError, ValueError, EOFError) as e:
+        reason = str(e)
+    raise UserError(f"{path} is not the file of codes it should be ({reason}): --overwrite encodes again")
+
+
 @torch.no_grad()
-def encode(tokenizer, data, count, views, args, dtype):
-    """Codes (views, count, N) uint16 and labels (count,) of the first images; view 1 is the mirror image."""
-    codes, labels = [], []
-    for chunk in tqdm(torch.arange(count).split(64), desc=f"encoding {count:,} images x {views}", disable=None):
-        images, label = data.batch(chunk)
-        images = to_float(images.to(args.device))
-        with torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32):
-            codes.append(torch.stack([tokenizer.encode(x) for x in (images, images.flip(-1))[:views]]).cpu())
-        labels.append(label)
-    return torch.cat(codes, 1).numpy().astype(np.uint16), torch.cat(labels).numpy()
+def encode_split(path, tokenizer, data, count, views, args):
+    """Records of the first images, encoded by all ranks together; the file's name ends in .part until it is whole.
+
+    What a stopped run left there is kept: batches are the same, and so are the codes.
+    """
+    part, (crops, sides), record = Path(f"{path}.part"), VIEWS[views], code_records(views, tokenizer.config.num_tokens)
+    if not path.exists():
+        if args.rank == 0 and not part.exists():
+            make_blank(part, count, record)
+        barrier(args)
+        file = open_codes(part, count, record, "r+")
+        todo = [rows for rows in torch.arange(count).split(64)[args.rank::args.ranks]
+                if (file["label"][rows[0]:rows[-1] + 1] == TODO).any()]
+        read = lambda rows: [data.batch(rows, crop and torch.tensor(crop).expand(len(rows), 3)) for crop in crops]
+        bar = tqdm(todo, desc=f"encoding {count:,} images x {len(crops) * sides}", disable=True if args.rank else None)
+        for rows, batches in zip(bar, ahead(read, todo)):
+            codes = []
+            for images, labels in batches:
+                images = to_float(images.to(args.device))
+                with autocast(args):
+                    codes += [tokenizer.encode(x).cpu() for x in (images, images.flip(-1))[:sides]]
+            here = slice(rows[0], rows[-1] + 1)
+            file["codes"][here] = torch.stack(codes, 1)
+            file["label"][here] = labels                                # after the codes: a kill in between costs a batch
+        file.flush()
+        barrier(args)
+        if args.rank == 0:
+            os.replace(part, path)
+        barrier(args)
+    return open_codes(path, count, record, "r")
 
 
-def cached_codes(tokenizer, train, val, args, dtype):
-    """The data set's codes as a dict of arrays, from codes.npz when it is of this tokenizer and these images."""
-    path = args.out / "codes.npz"
-    count = min(args.code_images or len(train), len(train))
-    held_out = min(args.eval_images, len(val))
-    tag = dict(tokenizer=fingerprint(tokenizer), data=args.data, images=str(count), held_out=str(held_out),
-               dtype=args.dtype)
-    if path.exists() and not args.overwrite:
+def barrier(args):
+    if args.ranks > 1:
+        dist.barrier()
+
+
+def cached_codes(tokenizer, train, val, args):
+    """(train, val) records of codes, those on disk when they are of this tokenizer and these images."""
+    if args.views == "ten-crop" and not isinstance(train, Folder):
+        raise UserError(f"--views ten-crop crops image files, {args.data} has none: take flip")
+    files, tag_file = [args.out / f"codes-{split}.npy" for split in ("train", "val")], args.out / "codes.json"
+    counts = min(args.code_images or len(train), len(train)), min(args.eval_images, len(val))
+    tag = dict(tokenizer=code_fingerprint(tokenizer), data=args.data, images=counts[0], held_out=counts[1],
+               views=args.views, dtype=args.dtype)
+    if args.rank == 0:
+        if args.overwrite:
+            for f in (tag_file, *files, *(Path(f"{f}.part") for f in files)):
+                f.unlink(missing_ok=True)
         try:
-            with np.load(path, allow_pickle=False) as file:
-                cache = dict(file)
-        except (OSError, ValueError, zipfile.BadZipFile) as e:
-            raise UserError(f"{path} is not a whole file of codes ({e}): --overwrite encodes again") from None
+            found = json.loads(tag_file.read_text()) if tag_file.exists() else tag
+        except ValueError as e:
+            found = {"file that cannot be read": str(e)}
         for k, v in tag.items():
-            if str(cache.get(k)) != v:
-                raise UserError(f"{path} holds codes with {k} {cache.get(k)}, this run has {k} {v}: "
+            if found.get(k) != v:
+                raise UserError(f"{tag_file} tells of codes with {k} {found.get(k)}, this run has {k} {v}: "
                                 f"--overwrite encodes again, --out takes another folder")
-        print(f"{path}: {count:,} images in {len(cache['train_codes'])} views")
-        return cache
-    train_codes, train_labels = encode(tokenizer, train, count, 2, args, dtype)
-    val_codes, val_labels = encode(tokenizer, val, held_out, 1, args, dtype)
-    cache = dict(tag, train_codes=train_codes, train_labels=train_labels, val_codes=val_codes[0], val_labels=val_labels)
-    with open(f"{path}.tmp", "wb") as file:
-        np.savez(file, **cache)
-    os.replace(f"{path}.tmp", path)
-    return cache
+        Path(f"{tag_file}.tmp").write_text(json.dumps(tag))
+        os.replace(f"{tag_file}.tmp", tag_file)
+    barrier(args)
+    return [encode_split(files[0], tokenizer, train, counts[0], args.views, args),
+            encode_split(files[1], tokenizer, val, counts[1], "centre", args)]
 
 
 # ------------------------------------------------------------------------------------------------------------------
 # evaluation on held-out codes
 
 @torch.no_grad()
-def evaluate(model, codes, labels, args, dtype):
+def evaluate(model, codes, labels, args):
     """Held-out bits per token and accuracy, over all and by position, for codes (n, N) and labels (n,)."""
     bits, hits = [], []
     for chunk, label in zip(codes.split(256), labels.split(256)):
         chunk, label = chunk.to(args.device), label.to(args.device)
-        with torch.autocast(chunk.device.type, dtype, enabled=dtype != torch.float32):
+        with autocast(args):
             logits = model(chunk, label).float()                            # (n, N, K)
         nats = F.cross_entropy(logits.flatten(0, 1), chunk.flatten(), reduction="none")
         bits.append(nats.view_as(chunk) / math.log(2))
@@ -98,7 +170,7 @@ def save_samples(path, gpt, tokenizer, class_names, cfg):
     codes = gpt.generate(classes.repeat_interleave(8), cfg=cfg, seeds=torch.arange(8 * len(classes)))
     with torch.no_grad():
         images = to_uint8(tokenizer.decode(codes))
-    save_grid(path, images.split(8), class_names[:len(classes)])
+    save_grid(path, images.split(8), [name.split(",")[0] for name in class_names[:len(classes)]])
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -108,87 +180,120 @@ def parse_args(argv=None):
     parser, p = base_parser(__doc__, argv)
     p = p["gpt"]
     add = parser.add_argument_group("model").add_argument
-    add("--width", type=int, default=p["width"], help="D; the paper's d16 is width 1024, depth 16, 16 heads")
-    add("--depth", type=int, default=p["depth"], help="blocks")
-    add("--heads", type=int, default=p["heads"], help="of attention")
+    add("--depth", type=int, default=p["depth"], help="blocks; the paper's sizes are 16, 20, 24, 30")
+    add("--width", type=int, default=p["width"], help="D (where no default stands: 64 x depth, VAR's rule)")
+    add("--heads", type=int, default=p["heads"], help="of attention (where no default stands: depth)")
     add("--label-drop", type=float, default=p["label_drop"], help="share of labels dropped, for guidance")
+    add = parser.add_argument_group("codes").add_argument
+    add("--views", choices=VIEWS, default=p["views"], help="of each training image: the centre crop; and its mirror "
+        "image; the five crops at 1.1 times the size and theirs")
     add("--code-images", type=int, default=p["code_images"], help="training images to encode (default: all)")
     add("--eval-images", type=int, default=2048, help="held-out images to encode")
     add("--sample-cfg", type=float, default=2.0, help="guidance of the samples drawn at each evaluation")
     add_training_flags(parser, p)
-    return finish_args(parser, parser.parse_args(argv))
+    parser.add_argument("--zero", action=argparse.BooleanOptionalAction, default=False, help="share Adam's moments among "
+                        "the GPUs (ZeroRedundancyOptimizer), for 1 B parameters and more")
+    args = finish_args(parser, parser.parse_args(argv))
+    args.width, args.heads = args.width or 64 * args.depth, args.heads or args.depth
+    return args
+
+
+def build(config, args):
+    """{name: model or optimizer}: all whose state a checkpoint holds."""
+    torch.manual_seed(args.seed)
+    model = GPT(config).to(args.device)
+    parts = dict(model=model, ema=copy.deepcopy(model).eval(), optimizer=make_optimizer(model, args))
+    if args.grad_checkpoint:
+        recompute_blocks(model)
+    return parts
+
+
+def forward_pass(model, codes, labels, args):
+    """{term: value} of one pass over codes (B, N): cross-entropy in nats, the same in bits, accuracy."""
+    with autocast(args):
+        logits = model(codes, labels)                                       # (B, N, K)
+    loss = F.cross_entropy(logits.float().flatten(0, 1), codes.flatten())
+    return dict(loss=loss, bits=loss / math.log(2), accuracy=(logits.argmax(-1) == codes).float().mean())
+
+
+def training_step(step, parts, wrapped, data, meter, args):
+    """Codes of a batch, a random view of each, some labels dropped; cross-entropy; the update; returns the rate."""
+    seed_step(args.seed, step)
+    B = args.batch_size
+    index, view = batch_indices(len(data), B, step, args.seed), torch.randint(data["codes"].shape[1], (B,))
+    dropped = torch.rand(B) < args.label_drop
+    for micro in range(args.accumulate):
+        tick = time.perf_counter()
+        rows = micro_rows(args, micro)
+        records = data[index[rows].numpy()]                                 # read from the disk or its cache
+        codes = torch.from_numpy(records["codes"][np.arange(len(records)), view[rows]].astype(np.int64))
+        labels = torch.from_numpy(records["label"].astype(np.int64))
+        labels[dropped[rows]] = parts["model"].config.num_classes
+        codes, labels = codes.to(args.device), labels.to(args.device)
+        meter.data_time += time.perf_counter() - tick
+        with syncing(wrapped, args, micro):
+            terms = forward_pass(wrapped, codes, labels, args)
+            (terms["loss"] / args.accumulate).backward()
+        meter.add(**terms)
+    lr = lr_at(step, args)
+    meter.add(norm=optimizer_step(parts["model"], parts["optimizer"], lr, args))
+    update_ema(parts["ema"], parts["model"], args.ema, step)
+    meter.steps += 1
+    return lr
 
 
 def main(args):
+    share_work(args)
+    share_batch(args)
     path = args.out / "gpt.pt"
     new_run(path, args)
-    tokenizer = load_tokenizer(args.out / "tokenizer.pt", args.device)
-    args.image_size = tokenizer.config.image_size
+    if args.dry_run and not (args.out / "tokenizer.pt").exists():           # a plan needs its sizes alone
+        tokenizer = SpectralTokenizer(TokenizerConfig(**{f.name: preset_of(args)[f.name] for f in fields(TokenizerConfig)}))
+    else:
+        tokenizer = load_tokenizer(args.out / "tokenizer.pt", args.device)
+    args.image_size, args.codebook_size, N = (getattr(tokenizer.config, k) for k in
+                                              ("image_size", "codebook_size", "num_tokens"))
     train, val = open_data(args)
-    config = GPTConfig(len(train.class_names), tokenizer.config.num_tokens, tokenizer.config.codebook_size,
-                       args.width, args.depth, args.heads)
-    torch.manual_seed(args.seed)
-    model = GPT(config).to(args.device)
-    ema = copy.deepcopy(model).eval()
-    optimizer = make_optimizer(model, args)
-    start = 0
+    parts = build(GPTConfig(len(train.class_names), N, args.codebook_size, args.width, args.depth, args.heads), args)
+    start, model, code_name = 0, parts["model"], code_fingerprint(tokenizer)
     if args.resume:
-        checkpoint = restore(path, "gpt", model, ema, optimizer, args)
-        start = checkpoint["step"]
-        if checkpoint["tokenizer"]["fingerprint"] != fingerprint(tokenizer):
-            raise UserError(f"{path} learned codes of tokenizer {checkpoint['tokenizer']['fingerprint']}, "
-                            f"{args.out / 'tokenizer.pt'} is {fingerprint(tokenizer)}: --overwrite starts anew")
-    dtype, peak = choose_dtype(args)
-    cache = cached_codes(tokenizer, train, val, args, dtype)
-    codes, labels = torch.from_numpy(cache["train_codes"].astype(np.int32)), torch.from_numpy(cache["train_labels"])
-    val_codes, val_labels = torch.from_numpy(cache["val_codes"].astype(np.int64)), torch.from_numpy(cache["val_labels"])
+        checkpoint = restore(path, "gpt", parts, args)
+        start, learned = checkpoint["step"], checkpoint["tokenizer"]["fingerprint"]
+        if learned != code_name:
+            raise UserError(f"{path} learned codes of tokenizer {learned}, {args.out / 'tokenizer.pt'} makes those of "
+                            f"{code_name}: --overwrite starts anew")
+    peak = choose_dtype(args)
+    data = np.zeros(1, code_records(args.views, N)) if args.dry_run else None
+    if not args.dry_run:
+        data, held_out = cached_codes(tokenizer, train, val, args)
+        held_out = [torch.from_numpy(held_out[k].astype(np.int64)) for k in ("codes", "label")]
     log = Log(args.out / "log-gpt.jsonl", args, model)
-    print(f"{codes.shape[1]:,} images in {len(codes)} views, {len(val_codes):,} held out, {config.num_classes} classes")
-    step_model = torch.compile(model) if args.compile else model
-    meter, interrupt = Meter(args, model.flops(), peak), Interrupt()
+    print(f"{len(data):,} images in {data['codes'].shape[1]} views, {len(train.class_names)} classes")
 
-    def save(step):
-        save_checkpoint(path, "gpt", config=asdict(config), args=plain(args), step=step, model=model.state_dict(),
-                        ema=ema.state_dict(), optimizer=optimizer.state_dict(), class_names=train.class_names,
-                        tokenizer=dict(config=asdict(tokenizer.config), model=tokenizer.state_dict(),
-                                       fingerprint=fingerprint(tokenizer)))
-
+    blank = torch.zeros(1, N, dtype=torch.long, device=args.device)
+    flops, kept = cost(lambda: forward_pass(model, blank, blank[:, 0], args)["loss"], model)
+    model.zero_grad()
+    meter, interrupt, wrapped = Meter(args, flops, peak), Interrupt(), wrap(model, args)
+    carried = dict(class_names=train.class_names, tokenizer=dict(config=asdict(tokenizer.config), fingerprint=code_name,
+                                                                 model=tokenizer.state_dict()))
     for step in range(start, args.steps + 1):
-        last = step == args.steps or interrupt.asked
-        if step > start and (step % args.log_every == 0 or last) and meter.count:
+        last = step == args.steps or any_rank(interrupt.asked)
+        saves = step > start and (step % args.save_every == 0 or last)
+        if args.dry_run and step > start:
+            return print_plan(args, model, flops, kept, len(train), time.perf_counter() - meter.start)
+        if step > start and (step % args.log_every == 0 or saves):
             log.write(**meter.line(step, lr))
-        if step > start and (step % args.eval_every == 0 or step == args.steps):
-            evaluation = evaluate(ema, val_codes, val_labels, args, dtype)
+        if step > start and (step % args.eval_every == 0 or step == args.steps) and args.rank == 0:
+            evaluation = evaluate(parts["ema"], held_out[0][:, 0], held_out[1], args)
             print_evaluation(evaluation)
             log.write(step=step, **evaluation)
-            save_samples(args.out / "samples.png", ema, tokenizer, train.class_names, args.sample_cfg)
-            meter.reset()
-        if step > start and (step % args.save_every == 0 or last):
-            save(step)
+            save_samples(args.out / "samples.png", parts["ema"], tokenizer, train.class_names, args.sample_cfg)
+            meter.start = time.perf_counter()
+        if saves:
+            save_run(path, "gpt", parts, step, args, **carried)
         if last:
             break
-
-        # one training step: codes of a batch, a random view of each, some labels dropped; cross-entropy; the update
-        tick = time.perf_counter()
-        seed_step(args.seed, step)
-        index = batch_indices(codes.shape[1], args.batch_size, step, args.seed)
-        view = torch.randint(len(codes), (len(index),))
-        batch, label = codes[view, index].long().to(args.device), labels[index]
-        label = torch.where(torch.rand(len(index)) < args.label_drop, config.num_classes, label).to(args.device)
-        meter.data_time += time.perf_counter() - tick
-
-        with torch.autocast(batch.device.type, dtype, enabled=dtype != torch.float32):
-            logits = step_model(batch, label)                               # (B, N, K)
-        loss = F.cross_entropy(logits.float().flatten(0, 1), batch.flatten())
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
-        lr = lr_at(step, args)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        optimizer.step()
-        optimizer.zero_grad()
-        update_ema(ema, model, args.ema, step)
-        meter.add(loss=loss, bits=loss / math.log(2), accuracy=(logits.argmax(-1) == batch).float().mean(), norm=norm)
+        lr = training_step(step, parts, wrapped, data, meter, args)
 
     if interrupt.asked:
         raise FailedRun(f"{interrupt.asked} after step {step}: saved {path}, --resume goes on from there")

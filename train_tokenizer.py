@@ -3,6 +3,8 @@
   python train_tokenizer.py                                     # built-in shapes, a laptop CPU, minutes
   python train_tokenizer.py --data cifar10 --data-dir data      # real images, downloaded when absent
   python train_tokenizer.py --data /my/images --image-size 64   # your own: a folder of classes, or one folder
+  torchrun --nproc-per-node 8 train_tokenizer.py --data imagenet --data-dir /path/to/ILSVRC    # the paper's size
+  python train_tokenizer.py --data imagenet --data-dir /path/to/ILSVRC --dry-run               # what would it take?
 
 After the run: recon.png (image, target sub-image, reconstruction at several levels) and log-tokenizer.jsonl.
 """
@@ -22,20 +24,27 @@ import sys
 import tarfile
 import time
 import urllib.request
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import asdict, fields
-from functools import lru_cache
+from functools import lru_cache, partial
+from itertools import count
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+from torch.autograd.graph import saved_tensors_hooks
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from spectralar import (UNREADABLE, FailedRun, SpectralTokenizer, TokenizerConfig, UserError, low_pass,
-                        read_checkpoint, save_checkpoint, uniforms)
+from spectralar import (UNREADABLE, Block, FailedRun, SpectralTokenizer, TokenizerConfig, UserError, load_tokenizer,
+                        low_pass, read_checkpoint, save_checkpoint, uniforms)
 
 # ------------------------------------------------------------------------------------------------------------------
 # presets: all that --data or --preset sets (a folder takes "cifar", so that defaults run on a laptop). Every field is a
@@ -46,25 +55,30 @@ PRESETS = {
         image_size=32, patch_size=4, num_tokens=16, codebook_size=512, code_dim=16, width=128, depth=4, heads=4,
         power=1.5, flat=False,
         steps=2000, batch_size=16, lr=1.5e-3, betas=(0.9, 0.99), weight_decay=1e-4, warmup=100, hold=0.0, clip=1.0,
-        ema=0.995, eval_every=1000, eval_images=512,
+        ema=0.995, perceptual=0.0, gan=0.0, gan_start=0, lecam=0.001, eval_every=1000, eval_images=512,
         gpt=dict(width=192, depth=4, heads=6, steps=1500, batch_size=64, lr=1e-3, betas=(0.9, 0.95), weight_decay=0.05,
-                 warmup=100, hold=0.5, clip=2.0, ema=0.99, label_drop=0.1, code_images=20000, eval_every=500)),
+                 warmup=100, hold=0.5, clip=2.0, ema=0.99, label_drop=0.1, views="flip", code_images=20000,
+                 eval_every=500)),
     "cifar": dict(       # an hour or two on a CPU
         image_size=32, patch_size=4, num_tokens=64, codebook_size=1024, code_dim=16, width=192, depth=4, heads=6,
         power=1.5, flat=False,
         steps=5500, batch_size=16, lr=1e-3, betas=(0.9, 0.99), weight_decay=1e-4, warmup=200, hold=0.0, clip=1.0,
-        ema=0.995, eval_every=500, eval_images=512,
+        ema=0.995, perceptual=0.0, gan=0.0, gan_start=0, lecam=0.001, eval_every=500, eval_images=512,
         gpt=dict(width=256, depth=6, heads=8, steps=3000, batch_size=64, lr=1e-3, betas=(0.9, 0.95), weight_decay=0.05,
-                 warmup=200, hold=0.5, clip=2.0, ema=0.995, label_drop=0.1, code_images=None, eval_every=500)),
+                 warmup=200, hold=0.5, clip=2.0, ema=0.995, label_drop=0.1, views="flip", code_images=None,
+                 eval_every=500)),
     "imagenet": dict(    # the paper's size: ViT-B encoder and decoder, d16 generator
         image_size=256, patch_size=16, num_tokens=64, codebook_size=4096, code_dim=16, width=768, depth=12, heads=12,
         power=1.5, flat=False,
         steps=1_000_000, batch_size=256, lr=1e-4, betas=(0.9, 0.99), weight_decay=1e-4, warmup=10_000, hold=0.0,
-        clip=1.0, ema=0.999, eval_every=5000, eval_images=512,
-        gpt=dict(width=1024, depth=16, heads=16, steps=333_600, batch_size=768, lr=3e-4, betas=(0.9, 0.95),
-                 weight_decay=0.05, warmup=6672, hold=0.5, clip=2.0, ema=0.9999, label_drop=0.1, code_images=None,
-                 eval_every=5000)),
+        clip=1.0, ema=0.999, perceptual=1.0, gan=0.1, gan_start=200_000, lecam=0.001, eval_every=5000, eval_images=512,
+        gpt=dict(width=None, depth=16, heads=None, steps=333_600, batch_size=768, lr=3e-4, betas=(0.9, 0.95),
+                 weight_decay=0.05, warmup=6672, hold=0.5, clip=2.0, ema=0.9999, label_drop=0.1, views="ten-crop",
+                 code_images=None, eval_every=5000)),
 }
+
+
+DATA = ("shapes", "cifar10", "cifar100", "imagenet")    # anything else that --data names is a folder of images
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -124,7 +138,7 @@ class Shapes:
     def __len__(self):
         return self.size
 
-    def batch(self, indices):
+    def batch(self, indices, crops=None):
         """indices (B,) -> uint8 images (B, 3, S, S), labels (B,) long."""
         indices = torch.as_tensor(indices)
         u = uniforms(self.stream * 2 ** 40 + indices, 16).numpy().astype(np.float32)        # (B, 16)
@@ -221,7 +235,7 @@ class Cifar:
     def __len__(self):
         return len(self.labels)
 
-    def batch(self, indices):
+    def batch(self, indices, crops=None):
         """indices (B,) -> uint8 images (B, 3, 32, 32), labels (B,) long."""
         indices = torch.as_tensor(indices)
         return self.images[indices], self.labels[indices]
@@ -256,14 +270,15 @@ def download(url, path, digest, remedy):
 
 
 # ------------------------------------------------------------------------------------------------------------------
-# a folder of images: train/ and val/ inside, or one folder a class, or images alone (one class)
+# image files: train/ and val/ inside a folder, or one folder a class, or images alone (one class)
 
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 
 
 def images_below(folder):
-    """All image files below a folder, sorted, so that the i-th is the same on every machine."""
-    return sorted(p for p in folder.rglob("*") if p.suffix.lower() in EXTENSIONS and p.is_file())
+    """The paths of all image files below a folder, sorted, so that the i-th is the same on every machine."""
+    return sorted(os.path.join(where, name) for where, _, names in os.walk(folder) for name in names
+                  if os.path.splitext(name)[1].lower() in EXTENSIONS)
 
 
 def list_classes(folder):
@@ -277,66 +292,99 @@ def list_classes(folder):
     return classes
 
 
+def synset_names(root):
+    """{wnid: words} of ImageNet's LOC_synset_mapping.txt, in the folder or beside it; {} without one."""
+    for file in (root / "LOC_synset_mapping.txt", root.parent / "LOC_synset_mapping.txt"):
+        if file.is_file():
+            return dict(line.split(maxsplit=1) for line in file.read_text().splitlines() if " " in line)
+    return {}
+
+
 def open_folder(root, image_size, workers):
-    """(train, val) of a folder of images."""
-    root = Path(root)
-    if not root.is_dir():
-        raise UserError(f"{root} is not a folder: --data takes {', '.join(['shapes', *CIFAR])} or a folder of images")
+    """(train, val) of a folder of images; class names are the folders', with ImageNet's words where those are known."""
+    root, words = Path(root), synset_names(Path(root))
+    if (root / "Data" / "CLS-LOC").is_dir():                            # ILSVRC as Kaggle packs it
+        root = root / "Data" / "CLS-LOC"
     if (root / "train").is_dir():
         train = list_classes(root / "train")
-        if (root / "val").is_dir():
-            val = list_classes(root / "val")
-            if val.keys() != train.keys():
-                odd = sorted(val.keys() ^ train.keys())
-                raise UserError(f"{root}: {len(train)} classes in train and {len(val)} in val, {len(odd)} of them in "
-                                f"one only (first: {odd[0]}): make them the same")
-            return Folder(train, image_size, workers), Folder(val, image_size, workers)
+        parts = train, list_classes(root / "val") if (root / "val").is_dir() else None
     else:
         train = list_classes(root)
-    samples = [(name, f) for name, files in train.items() for f in files]
+        parts = train, None
+    if parts[1] is None:
+        parts = hold_out(root, train)
+    elif parts[1].keys() != train.keys():
+        odd = sorted(parts[1].keys() ^ train.keys())
+        raise UserError(f"{root}: {len(train)} classes in train and {len(parts[1])} in val, {len(odd)} of them in one "
+                        f"only (first: {odd[0]}): make them the same, each image in its class's folder")
+    names = [f"{words[name].strip()} ({name})" if name in words else name for name in train]
+    return tuple(Folder(list(part.values()), names, image_size, workers) for part in parts)
+
+
+def hold_out(root, classes):
+    """(train, val), each {class name: files}: a seeded 5 % of the images, at least one, is held out."""
+    samples = [(name, f) for name, files in classes.items() for f in files]
     if len(samples) < 2:
         raise UserError(f"{root} has {len(samples)} image, and 1 is held out for validation: add more")
     order = np.random.RandomState(0).permutation(len(samples))
     held_out = set(order[:max(1, round(0.05 * len(samples)))].tolist())
     print(f"{root} has no val folder: {len(held_out)} of {len(samples)} images (5 %, seeded) are held out")
-    parts = [{name: [] for name in train}, {name: [] for name in train}]     # classes -> files, of train and of val
+    parts = {name: [] for name in classes}, {name: [] for name in classes}
     for i, (name, f) in enumerate(samples):
         parts[i in held_out][name].append(f)
-    return tuple(Folder(part, image_size, workers) for part in parts)
+    return parts
 
 
 class Folder:
-    """Image files, decoded and centre-cropped when asked for, by a few threads."""
+    """Image files by class, decoded and cropped when asked for, by a few threads."""
 
-    def __init__(self, classes, image_size, workers):
-        self.class_names = list(classes)
-        self.files = [f for files in classes.values() for f in files]
-        self.labels = torch.tensor([c for c, files in enumerate(classes.values()) for _ in files])
+    def __init__(self, files, class_names, image_size, workers):
+        self.class_names = class_names
+        self.files = [f for part in files for f in part]
+        self.labels = torch.tensor([c for c, part in enumerate(files) for _ in part])
         self.image_size, self.bad = image_size, set()
         self.pool = ThreadPoolExecutor(max(1, workers))                 # Pillow decodes outside Python's lock
 
     def __len__(self):
         return len(self.files)
 
-    def decode(self, i):
-        """Image i as (S, S, 3) uint8; one that cannot be read is named, counted, and replaced by the next readable."""
+    def load(self, i, crop):
+        """(pixels (S, S, 3) uint8, label) of file i, or of the next readable one: those that are not are counted."""
         try:
             with Image.open(self.files[i]) as image:
-                return np.array(center_crop(image.convert("RGB"), self.image_size))
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
+                if crop is None:
+                    return np.array(center_crop(upright_rgb(image), self.image_size)), self.labels[i]
+                return np.array(any_crop(image, self.image_size, *crop)), self.labels[i]
+        except Exception as e:                                          # broken files raise nearly anything in Pillow
             if i not in self.bad:
                 self.bad.add(i)
-                print(f"cannot decode {self.files[i]} ({e}): replaced by the next image, {len(self.bad)} so far")
+                print(f"cannot decode {self.files[i]} ({e}): replaced by the next image, {len(self.bad)} so far",
+                      file=sys.stderr)
             if len(self.bad) * 1000 > len(self):
                 raise UserError(f"{len(self.bad)} of {len(self)} images cannot be decoded, more than 1 in 1,000: "
                                 f"remove {self.files[i]} and its like") from None
-            return self.decode((i + 1) % len(self))
+        return self.load((i + 1) % len(self), crop)
 
-    def batch(self, indices):
-        """indices (B,) -> uint8 images (B, 3, S, S), labels (B,) long."""
-        indices = torch.as_tensor(indices)
-        images = np.stack(list(self.pool.map(self.decode, indices.tolist())))
-        return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), self.labels[indices]
+    def batch(self, indices, crops=None):
+        """indices (B,) -> uint8 images (B, 3, S, S), labels (B,) long. Cropped at the centre, or see any_crop."""
+        indices = torch.as_tensor(indices).tolist()
+        crops = [None] * len(indices) if crops is None else crops.tolist()
+        images, labels = zip(*self.pool.map(self.load, indices, crops))
+        return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous(), torch.stack(labels)
+
+
+def upright_rgb(image):
+    """A Pillow image as a viewer shows it: turned as EXIF says, 16 bits cut to 8, transparency on white, in RGB."""
+    if max(image.size) > 50 * min(image.size):
+        raise ValueError(f"{image.width} x {image.height} px, too narrow for a square crop")
+    if image.mode == "F":
+        raise ValueError("floating-point pixels, whose range no one knows")
+    ImageOps.exif_transpose(image, in_place=True)
+    if image.mode.startswith("I"):
+        image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
+    if image.has_transparency_data:
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+    return image.convert("RGB")
 
 
 def center_crop(image, size):
@@ -349,13 +397,31 @@ def center_crop(image, size):
     return image.crop((left, top, left + size, top + size))
 
 
+def any_crop(image, size, scale, y, x):
+    """The square that remains of a short side of scale * size, y and x in 0 .. 1 of the way down and right."""
+    image.draft("RGB", (2 * size, 2 * size))                            # a JPEG far too large: decode a smaller one
+    image = upright_rgb(image)
+    side = min(image.size) / scale
+    left, top = (image.width - side) * x, (image.height - side) * y
+    return image.resize((size, size), Image.BICUBIC, box=(left, top, left + side, top + side))
+
+
 def open_data(args):
-    """(train, val) data sets of --data; each has len(), class_names and batch(indices) -> uint8 images, labels."""
+    """(train, val) data sets of --data; each has len(), class_names and batch(indices, crops) -> uint8 images, labels.
+
+    Only image files are cropped: by default as ADM does, for training at random (see batches).
+    """
     if args.data == "shapes":
         return tuple(Shapes(split, args.image_size) for split in ("train", "val"))
     if args.data in CIFAR:
         return tuple(Cifar(args.data, split, args.data_dir or "data", args.image_size) for split in ("train", "val"))
-    return open_folder(args.data, args.image_size, args.workers)
+    root = Path(args.data_dir if args.data == "imagenet" else args.data)
+    if args.data == "imagenet" and not any((root / d).is_dir() for d in ("train", "Data/CLS-LOC/train")):
+        raise UserError(f"{root} has no train folder: --data-dir names the folder of ImageNet's train/<wnid>/*.JPEG and "
+                        f"val/<wnid>/*.JPEG")
+    if not root.is_dir():
+        raise UserError(f"{root} is not a folder: --data takes {', '.join(DATA)} or a folder of images")
+    return open_folder(root, args.image_size, args.workers)
 
 
 @lru_cache(maxsize=2)
@@ -370,6 +436,37 @@ def batch_indices(n, batch_size, step, seed):
                       for epoch in (position // n).unique().tolist()])
 
 
+def batches(data, args, start):
+    """This rank's micro-batches from step `start` on: uint8 images (b, 3, S, S), flipped, files cropped, at random.
+
+    A pure function of seed and step, for any number of ranks and micro-batches.
+    """
+    def make(number):
+        step, micro = divmod(number, args.accumulate)
+        rows = micro_rows(args, micro)
+        u = uniforms((2 * args.seed + 1) * 2 ** 50 + step * args.batch_size + torch.arange(args.batch_size)[rows], 4)
+        crops = torch.stack([1 + u[:, 1] / 8, u[:, 2], u[:, 3]], 1)     # short side 1 .. 1.125 times the image side
+        images, _ = data.batch(batch_indices(len(data), args.batch_size, step, args.seed)[rows], crops)
+        images = torch.where(u[:, 0].view(-1, 1, 1, 1) < 0.5, images.flip(-1), images)
+        return images.pin_memory() if args.device.startswith("cuda") else images
+    return ahead(make, count(start * args.accumulate))
+
+
+def ahead(function, items):
+    """The function's results for each item in turn, computed by a thread that stays two ahead of the caller.
+
+    NOTE it computes on one core: a second team of OpenMP threads takes the cores from the model (40 % of a step).
+    """
+    with ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        waiting = deque()
+        for item in items:
+            waiting.append(pool.submit(function, item))
+            if len(waiting) == 3:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
 def to_float(images):
     """uint8 0 .. 255 -> float32 in [-1, 1]."""
     return images.float() / 127.5 - 1
@@ -381,7 +478,7 @@ def to_uint8(images):
 
 
 # ------------------------------------------------------------------------------------------------------------------
-# perceptual distance
+# perceptual and adversarial losses
 
 VGG_URL = "https://download.pytorch.org/models/vgg16-397923af.pth"
 VGG_SHA256 = "397923af8e79cdbb6a7127f12361acd7a2f83e06b05044ddf496e83de57a5bf0"
@@ -405,19 +502,57 @@ class LPIPS(torch.nn.Module):
         self.lin = torch.nn.ParameterList(torch.zeros(stage[-1]) for stage in self.stages)
         self.register_buffer("shift", torch.tensor([-.030, -.088, -.188]).view(3, 1, 1), persistent=False)
         self.register_buffer("scale", torch.tensor([.458, .448, .450]).view(3, 1, 1), persistent=False)
+        self.to(memory_format=torch.channels_last)
 
     def taps(self, x):
         """Unit-length features after relu1_2, 2_2, 3_3, 4_3 and 5_3."""
-        x = (x - self.shift) / self.scale
-        for i, layer in enumerate(self.features):
+        def unit(x):    # NOTE the 1e-20 keeps the root's gradient finite where all channels are 0
+            x = x.float()
+            return x / ((x.square().sum(1, keepdim=True) + 1e-20).sqrt() + 1e-10)
+        x = ((x - self.shift) / self.scale).contiguous(memory_format=torch.channels_last)
+        for layer in self.features:
             if isinstance(layer, torch.nn.MaxPool2d):
-                yield x / (x.square().sum(1, keepdim=True).sqrt() + 1e-10)
+                yield unit(x)
             x = layer(x)
-        yield x / (x.square().sum(1, keepdim=True).sqrt() + 1e-10)
+        yield unit(x)
 
     def forward(self, a, b):
         return sum(((x - y).square() * w.view(-1, 1, 1)).sum(1).mean((1, 2))
                    for x, y, w in zip(self.taps(a), self.taps(b), self.lin))
+
+
+class Discriminator(torch.nn.Module):
+    """PatchGAN (Isola et al. 2017): images in [-1, 1] (B, 3, H, W) -> a logit for each patch (B, 1, H/8, W/8), > 0: real.
+
+    GroupNorm instead of BatchNorm, so that an image's logits do not depend on its batch. logit_means are the moving
+    means that LeCAM needs.
+    """
+
+    def __init__(self, width=64):
+        super().__init__()
+        conv, w = torch.nn.Conv2d, width
+        layers = [conv(3, w, 4, 2, 1), torch.nn.LeakyReLU(0.2)]
+        for a, b, stride in ((w, 2 * w, 2), (2 * w, 4 * w, 2), (4 * w, 8 * w, 1)):
+            layers += [conv(a, b, stride + 2, stride, 1), torch.nn.GroupNorm(32, b), torch.nn.LeakyReLU(0.2)]
+        self.layers = torch.nn.Sequential(*layers, conv(8 * w, 1, 3, 1, 1))
+        for m in self.modules():
+            if isinstance(m, conv):
+                torch.nn.init.normal_(m.weight, std=0.02)
+        self.register_buffer("logit_means", torch.zeros(2))             # of real images, of generated ones
+        self.to(memory_format=torch.channels_last)
+
+    def forward(self, x):
+        return self.layers(x.contiguous(memory_format=torch.channels_last)).float()
+
+
+def hinge_loss(real, fake):
+    """The discriminator's loss on its logits: real ones are pushed above 1, generated ones below -1."""
+    return (F.relu(1 - real).mean() + F.relu(1 + fake).mean()) / 2
+
+
+def lecam_loss(real, fake, real_mean, fake_mean):
+    """LeCAM (Tseng et al. 2021): real logits stay near the moving mean of generated ones, and the other way round."""
+    return F.relu(real - fake_mean).square().mean() + F.relu(real_mean - fake).square().mean()
 
 
 def weights_folder():
@@ -449,8 +584,8 @@ def base_parser(doc, argv):
     """(parser with the flags of every script, preset that --data or --preset names)."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=Help, allow_abbrev=False)
     add = parser.add_argument_group("data and run").add_argument
-    add("--data", default="shapes", help="shapes, cifar10, cifar100, or a folder of images")
-    add("--data-dir", default="data", help="where CIFAR lies, or is downloaded to")
+    add("--data", default="shapes", help=", ".join(DATA) + ", or a folder of images")
+    add("--data-dir", default="data", help="where CIFAR lies, or is downloaded to; ImageNet's folder of train and val")
     add("--preset", choices=PRESETS, help="sizes and schedule; --data chooses one (a folder: cifar)")
     add("--out", help="folder of the run's files (default: out/<data>)")
     add("--seed", type=int, default=0, help="of weights, batches and samples")
@@ -458,8 +593,12 @@ def base_parser(doc, argv):
     peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     peek.add_argument("--data", default="shapes")
     peek.add_argument("--preset")
-    known, _ = peek.parse_known_args(argv)
-    return parser, PRESETS.get(known.preset or known.data, PRESETS["cifar"])
+    return parser, preset_of(peek.parse_known_args(argv)[0])
+
+
+def preset_of(args):
+    """The preset that --preset names, or --data."""
+    return PRESETS.get(args.preset or args.data, PRESETS["cifar"])
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -473,7 +612,9 @@ def add_training_flags(parser, p):
     """Flags that both training scripts take; p is the preset's part that gives the defaults."""
     add = parser.add_argument_group("optimisation").add_argument
     add("--steps", type=int, default=p["steps"], help="optimizer steps")
-    add("--batch-size", type=int, default=p["batch_size"], help="images in a step")
+    add("--batch-size", type=int, default=p["batch_size"], help="images in a step, over all GPUs")
+    add("--micro-batch", type=int, help="images in one forward pass of a GPU: smaller needs less memory (default: its "
+        "share of the batch)")
     add("--lr", type=float, default=p["lr"], help="peak learning rate of AdamW")
     add("--betas", type=float, nargs=2, default=p["betas"], help="of AdamW")
     add("--weight-decay", type=float, default=p["weight_decay"], help="of matrices; nothing else decays")
@@ -485,23 +626,31 @@ def add_training_flags(parser, p):
     add("--log-every", type=int, default=20, help="steps between log lines")
     add("--eval-every", type=int, default=p["eval_every"], help="steps between evaluations with pictures")
     add("--save-every", type=int, default=p["eval_every"], help="steps between checkpoints")
+    add("--keep", type=int, default=0, help="of the last checkpoints so many stay under their step's name, too")
     add("--resume", action="store_true", help="go on from the checkpoint in --out")
     add("--overwrite", action="store_true", help="replace the checkpoint in --out")
-    add("--workers", type=int, default=min(8, os.cpu_count() or 1), help="threads that decode images of a folder")
+    add("--workers", type=int, default=min(8, os.cpu_count() or 1), help="threads of a process that decode image files")
     add("--dtype", choices=("auto", "bfloat16", "float32"), default="auto", help="of matrix products; auto: the faster")
     add("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile the model")
+    add("--grad-checkpoint", action=argparse.BooleanOptionalAction, default=False,
+        help="keep the inputs of each block only and compute the rest anew: less memory, a third more time")
+    add = parser.add_argument_group("plan").add_argument
+    add("--dry-run", action="store_true", help="print the plan, do one step of one micro-batch, write nothing")
+    add("--gpus", type=int, default=8, help="of the plan")
+    add("--tflops", type=float, default=150, help="of the plan: what each GPU reaches in bfloat16, an assumption")
 
 
 def finish_args(parser, args):
     """Fill in what follows from other flags."""
-    for flag in ("steps", "batch_size", "log_every", "eval_every", "save_every"):
-        if getattr(args, flag, 1) < 1:
-            parser.error(f"--{flag.replace('_', '-')} is {getattr(args, flag)}: it must be at least 1")
+    for flag in ("steps", "batch_size", "micro_batch", "log_every", "eval_every", "save_every", "gpus"):
+        value = getattr(args, flag, None)
+        if value is not None and value < 1:
+            parser.error(f"--{flag.replace('_', '-')} is {value}: it must be at least 1")
     try:
         torch.empty(1, device=args.device)
     except (RuntimeError, AssertionError) as e:
         parser.error(f"--device {args.device}: {str(e).splitlines()[0]}")
-    name = args.data if args.data in ("shapes", *CIFAR) else Path(args.data).resolve().name
+    name = args.data if args.data in DATA else Path(args.data).resolve().name
     args.out = Path(args.out or Path("out") / name)
     return args
 
@@ -531,15 +680,48 @@ def run(main, args):
 
 
 def share_work(args):
-    """(rank, ranks) under torchrun, which this joins; (0, 1) without it."""
-    if "RANK" not in os.environ:
-        return 0, 1
-    cuda = args.device.startswith("cuda")
-    if cuda:
-        args.device = f"cuda:{os.environ['LOCAL_RANK']}"
-        torch.cuda.set_device(args.device)
-    dist.init_process_group("nccl" if cuda else "gloo")
-    return dist.get_rank(), dist.get_world_size()
+    """Join the other processes of torchrun: sets args.rank and args.ranks (0 and 1 without it). Rank 0 alone prints."""
+    args.rank, args.ranks = 0, 1
+    if "RANK" in os.environ:
+        if args.device.startswith("cuda"):
+            args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+            torch.cuda.set_device(args.device)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if args.device.startswith("cuda") else "gloo")
+        args.rank, args.ranks = dist.get_rank(), dist.get_world_size()
+        if args.rank:
+            sys.stdout = open(os.devnull, "w")
+
+
+def share_batch(args):
+    """A step's batch is shared by ranks, a rank's share done in args.accumulate passes of args.micro_batch images."""
+    share, rest = divmod(args.batch_size, args.ranks)
+    if rest:
+        raise UserError(f"--batch-size {args.batch_size} cannot be shared by {args.ranks} processes: make it a multiple")
+    args.micro_batch = min(args.micro_batch or share, share)
+    if share % args.micro_batch:
+        raise UserError(f"each of {args.ranks} process(es) has {share} images of --batch-size {args.batch_size}, no "
+                        f"multiple of --micro-batch {args.micro_batch}: change one")
+    args.accumulate = 1 if args.dry_run else share // args.micro_batch
+    print(f"batch of {args.batch_size} images = {args.ranks} process(es) x {args.accumulate} pass(es) of "
+          f"{args.micro_batch}")
+
+
+def micro_rows(args, micro):
+    """The rows of a step's batch that are this rank's micro-batch: in their order ranks and passes give the batch."""
+    first = (args.rank * args.accumulate + micro) * args.micro_batch
+    return slice(first, first + args.micro_batch)
+
+
+def wrap(model, args):
+    """The model as a step calls it: compiled if asked, its gradients averaged over the ranks."""
+    model = torch.compile(model) if args.compile else model
+    # buffers need no broadcast: every rank computes the same ones
+    return DistributedDataParallel(model, broadcast_buffers=False) if args.ranks > 1 else model
+
+
+def syncing(model, args, micro):
+    """Context of a pass: the last one of a step averages the gradients over the ranks, those before only add."""
+    return model.no_sync() if args.ranks > 1 and micro < args.accumulate - 1 else nullcontext()
 
 
 def first_rank_first(load, args):
@@ -560,12 +742,28 @@ def all_sum(x, device):
         x.copy_(total)
 
 
+def any_rank(flag):
+    """Whether a flag is set on any rank; all must ask together."""
+    x = torch.tensor(float(bool(flag)))
+    all_sum(x, "cpu")
+    return x.item() > 0
+
+
 def gather(x):
-    """The rows of all ranks' CPU tensors, in the order of the ranks."""
+    """The rows of all ranks' CPU tensors, however many each has, in the order of the ranks."""
     if not dist.is_initialized():
         return x
     parts = [None] * dist.get_world_size()
     dist.all_gather_object(parts, x)
+    return torch.cat(parts)
+
+
+def gather_equal(x):
+    """The rows of all ranks' tensors, as many on each, in the order of the ranks; stays on the device."""
+    if not dist.is_initialized():
+        return x
+    parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, x.contiguous())
     return torch.cat(parts)
 
 
@@ -575,6 +773,8 @@ def new_run(path, args):
         raise UserError("--resume and --overwrite exclude each other: choose one")
     if args.resume and not path.exists():
         raise UserError(f"{path} does not exist, so there is nothing to resume: leave --resume out, or correct --out")
+    if args.dry_run:
+        return
     if path.exists() and not (args.resume or args.overwrite):
         raise UserError(f"{path} exists: --resume goes on from it, --overwrite replaces it, --out takes another folder")
     try:
@@ -597,9 +797,13 @@ def matmul_speed(device, dtype, n=1024):
 
 
 def choose_dtype(args):
-    """(dtype of the matrix products, FLOP/s of a matrix product in it); prints which and why."""
+    """Settle args.dtype, of the matrix products; returns the FLOP/s of one in it. Prints why. Rank 0 decides."""
     n = 8192 if args.device.startswith("cuda") else 1024
     speed = {d: matmul_speed(args.device, d, n) for d in (torch.float32, torch.bfloat16)}
+    if args.ranks > 1:
+        message = [speed]
+        dist.broadcast_object_list(message)
+        speed = message[0]
     if args.dtype == "auto":
         ratio = speed[torch.bfloat16] / speed[torch.float32]
         dtype = torch.bfloat16 if ratio > 1.3 else torch.float32
@@ -608,16 +812,44 @@ def choose_dtype(args):
         dtype, reason = getattr(torch, args.dtype), "--dtype"
     args.dtype = str(dtype).removeprefix("torch.")
     print(f"dtype {args.dtype} ({reason}), {speed[dtype] / 1e9:.0f} GFLOP/s in a matrix product = mfu 100%")
-    return dtype, speed[dtype]
+    return speed[dtype]
+
+
+def autocast(args):
+    """Context in which matrix products run in args.dtype."""
+    dtype = getattr(torch, args.dtype)
+    return torch.autocast(torch.device(args.device).type, dtype, enabled=dtype != torch.float32)
 
 
 def make_optimizer(model, args):
-    """AdamW that decays matrices only: no biases, norms, embeddings, positions, codebook."""
+    """AdamW that decays matrices only: no biases, norms, embeddings, positions, codebook. Frozen parameters stay out."""
     matrices = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Linear)}
-    groups = [dict(params=[p for p in model.parameters() if (id(p) in matrices) == decays],
+    trained = [p for p in model.parameters() if p.requires_grad]
+    groups = [dict(params=[p for p in trained if (id(p) in matrices) == decays],
                    weight_decay=args.weight_decay if decays else 0.0) for decays in (True, False)]
-    assert sum(len(g["params"]) for g in groups) == len(list(model.parameters()))
-    return torch.optim.AdamW(groups, lr=args.lr, betas=tuple(args.betas), fused=True)
+    assert sum(len(g["params"]) for g in groups) == len(trained)
+    adamw = dict(lr=args.lr, betas=tuple(args.betas), fused=True)
+    if getattr(args, "zero", False) and args.ranks > 1:                 # each rank keeps the moments of a share
+        from torch.distributed.optim import ZeroRedundancyOptimizer     # slow to import, and few need it
+        return ZeroRedundancyOptimizer(groups, torch.optim.AdamW, **adamw)
+    return torch.optim.AdamW(groups, **adamw)
+
+
+def optimizer_step(model, optimizer, lr, args):
+    """Clip, step, forget the gradients; returns the gradient's norm before clipping."""
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.step()
+    optimizer.zero_grad()
+    return norm
+
+
+def recompute_blocks(model):
+    """Gradient checkpointing: of each block keep the inputs, and compute the rest anew in backward."""
+    for m in model.modules():
+        if isinstance(m, Block):
+            m.forward = partial(checkpoint, m.forward, use_reentrant=False, preserve_rng_state=False)
 
 
 def lr_at(step, args):
@@ -642,21 +874,41 @@ def plain(args):
     return {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
 
 
-def restore(path, kind, model, ema, optimizer, args):
-    """Load a run's checkpoint into model, ema and optimizer, keep its dtype; returns the checkpoint."""
+def restore(path, kind, parts, args):
+    """Load a run's checkpoint into its parts {name: model or optimizer}, keep its dtype; returns the checkpoint."""
     checkpoint = read_checkpoint(path, kind, args.device)
-    config = asdict(model.config)
-    for k, v in config.items():
+    for k, v in asdict(parts["model"].config).items():
         if checkpoint["config"].get(k) != v:
             raise UserError(f"{path} has {k} {checkpoint['config'].get(k)}, this run {v}: resume with the same sizes, "
                             f"or take another --out")
     if checkpoint["step"] >= args.steps:
         raise UserError(f"{path} has done {checkpoint['step']} steps, --steps is {args.steps}: ask for more to go on")
-    model.load_state_dict(checkpoint["model"])
-    ema.load_state_dict(checkpoint["ema"])
-    optimizer.load_state_dict(checkpoint["optimizer"])
+    for name, part in parts.items():
+        if name in checkpoint:                                          # a discriminator may be new
+            try:
+                part.load_state_dict(checkpoint[name])
+            except ValueError:
+                raise UserError(f"{path}: its {name} trained other parameters than this run's: resume with the flags of "
+                                f"its start") from None
     args.dtype = checkpoint["args"]["dtype"]
     return checkpoint
+
+
+def save_run(path, kind, parts, step, args, **more):
+    """Rank 0 writes the checkpoint of a run, all call this; --keep K leaves the last K under their step's name, too."""
+    for part in parts.values():
+        if hasattr(part, "consolidate_state_dict"):                         # ZeRO: rank 0 collects the shares of all
+            part.consolidate_state_dict()
+    if args.rank:
+        return
+    save_checkpoint(path, kind, config=asdict(parts["model"].config), args=plain(args), step=step,
+                    **{name: part.state_dict() for name, part in parts.items()}, **more)
+    if args.keep:
+        named = path.with_stem(f"{path.stem}-{step:07d}")
+        named.unlink(missing_ok=True)
+        os.link(path, named)                                            # the same file: takes no room until replaced
+        for old in sorted(path.parent.glob(f"{path.stem}-{'[0-9]' * 7}.pt"))[:-args.keep]:
+            old.unlink()
 
 
 def seed_step(seed, step):
@@ -672,7 +924,7 @@ class Log:
     """Log lines on the screen, the same fields as JSON lines in a file; the first record says what ran, and where."""
 
     def __init__(self, path, args, model):
-        self.file = open(path, "a" if args.resume else "w", buffering=1)
+        self.file = open(os.devnull if args.rank or args.dry_run else path, "a" if args.resume else "w", buffering=1)
         try:
             commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True,
                                     cwd=Path(__file__).parent).stdout.strip()
@@ -690,38 +942,40 @@ class Log:
 
 
 class Meter:
-    """Means and speed since the last log line."""
+    """Means over passes and ranks, and speed, since the last log line; flops are those of one image."""
 
-    def __init__(self, args, flops_per_image, peak):
-        self.args, self.flops, self.peak = args, flops_per_image, peak
+    def __init__(self, args, flops, peak):
+        self.args, self.flops, self.peak = args, flops, peak
         self.reset()
 
     def reset(self):
-        self.sums, self.count, self.data_time, self.start, self.codes = {}, 0, 0.0, time.perf_counter(), []
+        self.sums, self.steps, self.data_time, self.start, self.codes = {}, 0, 0.0, time.perf_counter(), []
 
     def add(self, **values):
-        self.count += 1
         for k, v in values.items():
-            self.sums[k] = self.sums.get(k, 0) + v.detach()
+            total, n = self.sums.get(k, (0, 0))
+            self.sums[k] = total + v.detach(), n + 1
 
     def line(self, step, lr):
-        """The record of a log line; prints it. Raises FailedRun when a term is not a number."""
+        """The record of a log line; prints it. All ranks call this. Raises FailedRun when a term is not a number."""
         args = self.args
-        terms = {k: (v / self.count).item() for k, v in self.sums.items()}
+        means = torch.stack([total / n for total, n in self.sums.values()]).double()
+        all_sum(means, args.device)
+        terms = dict(zip(self.sums, (means / args.ranks).tolist()))
         for name, value in terms.items():
             if not math.isfinite(value):
                 raise FailedRun(f"{name} is {value} by step {step}: the last checkpoint is kept; lower --lr "
                                 f"(now {args.lr}) or --clip (now {args.clip}) and --resume")
-        seconds = (time.perf_counter() - self.start) / self.count
+        seconds = (time.perf_counter() - self.start) / self.steps
         if self.codes:                                                      # codes chosen since the last line
             terms["used"] = len(torch.cat(self.codes).unique()) / args.codebook_size
         speed = args.batch_size / seconds
         memory = torch.cuda.max_memory_allocated() if args.device.startswith("cuda") else peak_memory()
         record = dict(step=step, **terms, lr=lr, ms=seconds * 1e3, images_per_second=speed,
-                      mfu=speed * self.flops / self.peak, data=self.data_time / self.count / seconds,
+                      mfu=speed * self.flops / (self.peak * args.ranks), data=self.data_time / self.steps / seconds,
                       memory_gb=memory / 1e9, eta_hours=(args.steps - step) * seconds / 3600)
         print(f"step {step:06d}/{args.steps:06d}", *(f"{k} {v:.4f}" for k, v in terms.items()), f"lr {lr:.2e}",
-              f"{seconds * 1e3:.0f} ms", f"{speed:.0f} img/s", f"mfu {record['mfu']:.0%}", f"data {record['data']:.1%}",
+              f"{seconds * 1e3:.0f} ms", f"{speed:.3g} img/s", f"mfu {record['mfu']:.0%}", f"data {record['data']:.1%}",
               f"{record['memory_gb']:.1f} GB", f"eta {duration(record['eta_hours'])}", sep=" | ", flush=True)
         self.reset()
         return record
@@ -747,6 +1001,52 @@ class Interrupt:
     def ask(self, number, frame):
         self.asked = signal.Signals(number).name
         signal.signal(number, signal.SIG_DFL)                               # a second one ends the process at once
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# the plan of --dry-run
+
+def cost(compute, model):
+    """(floating point operations of matrix products and convolutions, bytes kept for backward) of compute()'s loss.
+
+    Runs it, forward and backward, and leaves the gradients behind.
+    """
+    kept, weights = {}, {p.data_ptr() for p in model.parameters()}
+
+    def note(x):
+        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+    with FlopCounterMode(display=False) as counter:
+        with saved_tensors_hooks(note, lambda x: x):
+            loss = compute()
+        loss.backward()
+    return counter.get_total_flops(), sum(size for where, size in kept.items() if where not in weights)
+
+
+def print_plan(args, model, flops, kept, images, seconds):
+    """The plan of a run on args.gpus GPUs; flops and kept bytes are of one image (see cost), seconds of one step."""
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in model.parameters())
+    moments = 8 * trained / (args.gpus if getattr(args, "zero", False) else 1)
+    states = 4 * (2 * total + trained) + moments                            # weights, EMA; gradients; Adam's moments
+    share = -(-args.batch_size // args.gpus)
+    seen = args.steps * args.batch_size
+    parts = {}
+    for name, p in model.named_parameters():
+        parts[name.split(".")[0]] = parts.get(name.split(".")[0], 0) + p.numel()
+    lines = dict(
+        parameters=f"{total / 1e6:.1f} M: " + ", ".join(f"{k} {n / 1e6:.2f}" for k, n in parts.items()),
+        tokens=f"{model.config.num_tokens} an image, of {model.config.codebook_size} codes",
+        batch=f"{args.batch_size} images, {share} on each of {args.gpus} GPUs",
+        steps=f"{args.steps:,}, so {seen / 1e6:,.1f} M images: {seen / images:,.1f} times the {images:,} of the data set",
+        compute=f"{flops / 1e9:.4g} GFLOP an image, {flops * seen:.2e} FLOP in all",
+        memory=f"{states / 1e9:.1f} GB a GPU for weights, gradients, Adam and EMA; {kept / 1e9:.3g} GB an image kept for "
+               f"backward (in {args.dtype}), {kept * args.micro_batch / 1e9:.1f} GB at --micro-batch {args.micro_batch}",
+        time=f"{duration(flops * seen / (args.tflops * 1e12 * args.gpus) / 3600)} on {args.gpus} GPUs, if each reaches "
+             f"{args.tflops:g} TFLOP/s (--tflops, an assumption)",
+        here=f"a step of {args.micro_batch} image(s) took {seconds:.1f} s on {args.device}, peak "
+             f"{peak_memory() / 1e9:.1f} GB")
+    print("the plan", *(f"  {k:11s} {v}" for k, v in lines.items()), sep="\n")
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -797,7 +1097,7 @@ def codebook_use(codes, K):
 
 
 @torch.no_grad()
-def evaluate(model, data, args, dtype):
+def evaluate(model, data, args):
     """Held-out PSNR of each level against its sub-image and the image, and codebook use; writes recon.png."""
     model.eval()
     N, levels = model.config.num_tokens, spread_levels(model.config.num_tokens)
@@ -805,7 +1105,7 @@ def evaluate(model, data, args, dtype):
     results, all_codes, pictures = {i: [] for i in levels}, [], []
     for chunk in torch.arange(min(args.eval_images, len(data))).split(64):
         images = to_float(data.batch(chunk)[0].to(args.device))
-        with torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32):
+        with autocast(args):
             codes = model.encode(images)
             outputs = {i: model.decode(codes, i) for i in levels}
         targets = {i: low_pass(images, model.edges[i - 1]) for i in levels}
@@ -849,83 +1149,179 @@ def parse_args(argv=None):
     add("--power", type=float, default=p["power"], help="of the mapping: window side S (i/N)^power, 1 = uniform")
     add("--flat", action=argparse.BooleanOptionalAction, default=p["flat"], help="baseline: one level, bidirectional")
     add("--eval-images", type=int, default=p["eval_images"], help="held-out images in an evaluation")
+    add("--finetune-decoder", metavar="FILE", help="train the decoder of this tokenizer.pt alone, at the full level: its "
+        "codes, and any generator of them, stay as they are")
+    add = parser.add_argument_group("losses, beside the squared error").add_argument
+    add("--perceptual", type=float, default=p["perceptual"], help="weight of LPIPS, 0 = without (and no download)")
+    add("--gan", type=float, default=p["gan"], help="weight of the adversarial loss, full level only; 0 = without")
+    add("--gan-start", type=int, default=p["gan_start"], help="step at which the adversarial loss begins")
+    add("--lecam", type=float, default=p["lecam"], help="weight of LeCAM in the discriminator's loss")
+    add("--vgg", help="file of torchvision's VGG16 (default: downloaded, 528 MB)")
+    add("--lpips-weights", help="file of LPIPS' linear layers, v0.1 VGG (default: downloaded)")
     add_training_flags(parser, p)
     return finish_args(parser, parser.parse_args(argv))
 
 
-def draw_levels(B, N, flat, device):
+def draw_levels(B, N, full_only):
     """(B, G) levels to decode in a step: the full one and one random shorter one for each image.
 
     NOTE one random prefix alone would collapse the tail of the code (NesTok: 20 % of codes in use against 98 %).
     """
-    full = torch.full((B, 1), N, device=device)
-    return full if flat or N == 1 else torch.cat([full, torch.randint(1, N, (B, 1), device=device)], 1)
+    full = torch.full((B, 1), N)
+    return full if full_only or N == 1 else torch.cat([full, torch.randint(1, N, (B, 1))], 1)
 
 
-def reconstruction_loss(recon, images, levels, edges):
-    """Sum over the levels of the mean squared error between each reconstruction and its sub-image (paper, Eq. 7)."""
-    return sum(F.mse_loss(recon[:, g], low_pass(images, edges[levels[:, g] - 1])) for g in range(levels.shape[1]))
+def reconstruction_losses(recon, images, levels, edges, lpips=None):
+    """Losses between each level's reconstruction and its sub-image (paper, Eq. 7), added over the levels.
+
+    recon (B, G, 3, S, S), images (B, 3, S, S), levels (B, G) -> dict of the mean squared error and of LPIPS.
+    """
+    pairs = [(x, low_pass(images, edges[level - 1])) for x, level in zip(recon.unbind(1), levels.T)]
+    losses = dict(rec=sum(F.mse_loss(x, y) for x, y in pairs))
+    if lpips:
+        losses["lpips"] = sum(lpips(x, y).mean() for x, y in pairs)
+    return losses
+
+
+def generator_pass(model, images, levels, edges, lpips, critic, args):
+    """Forward and losses: ({term: loss}, full-level reconstructions, vectors and codes for the quantizer's update).
+
+    critic: the discriminator, or None while it has no say.
+    """
+    with autocast(args):
+        recon, vq_loss, z, codes = model(images, levels)
+        terms = dict(reconstruction_losses(recon, images, levels, edges, lpips), vq=vq_loss)
+        if critic:
+            terms["gan"] = -critic(recon[:, 0]).mean()                      # full-level reconstructions only
+    weights = dict(rec=1, vq=1, lpips=args.perceptual, gan=args.gan)
+    return dict(loss=sum(weights[k] * v for k, v in terms.items()), **terms), recon[:, 0].detach(), z, codes
+
+
+def critic_pass(critic, images, fakes, means, args):
+    """Forward and losses of the discriminator: {term: loss}, mean logits (2,) of real and generated images."""
+    with autocast(args):
+        real, fake = critic(torch.cat([images, fakes])).chunk(2)
+    terms = dict(critic=hinge_loss(real, fake), lecam=lecam_loss(real, fake, *means))
+    return terms, torch.stack([real.mean(), fake.mean()]).detach()
+
+
+def training_step(step, parts, wrapped, loader, lpips, meter, args):
+    """A batch, its full level and one random level, the losses, the update; returns the learning rate.
+
+    parts: the run's models and optimizers; wrapped: the models as a step calls them (see wrap).
+    """
+    model, critic = parts["model"], parts.get("critic") if step >= args.gan_start else None
+    seed_step(args.seed, step)
+    levels = draw_levels(args.batch_size, args.num_tokens, args.flat or args.finetune_decoder)
+    vectors, codes, logits = [], [], []
+    for micro in range(args.accumulate):
+        tick = time.perf_counter()
+        images = to_float(next(loader).to(args.device, non_blocking=True))
+        meter.data_time += time.perf_counter() - tick
+        if critic:
+            critic.requires_grad_(False)                                    # it judges, and learns nothing from it
+        with syncing(wrapped["model"], args, micro):
+            terms, recon, z, code = generator_pass(
+                wrapped["model"], images, levels[micro_rows(args, micro)].to(args.device), model.edges, lpips, critic,
+                args)
+            (terms["loss"] / args.accumulate).backward()
+        vectors.append(z), codes.append(code)
+        if critic:
+            critic.requires_grad_(True)
+            with syncing(wrapped["critic"], args, micro):
+                verdict, logit = critic_pass(wrapped["critic"], images, recon, critic.logit_means, args)
+                ((verdict["critic"] + args.lecam * verdict["lecam"]) / args.accumulate).backward()
+            terms |= verdict
+            logits.append(logit)
+        meter.add(**terms)
+
+    lr = lr_at(step, args)
+    meter.add(norm=optimizer_step(model, parts["optimizer"], lr, args))
+    if critic:
+        optimizer_step(critic, parts["critic_optimizer"], lr, args)
+        logits = torch.stack(logits).mean(0)
+        all_sum(logits, args.device)
+        critic.logit_means.lerp_(logits / args.ranks, 0.001)
+    codes = gather_equal(torch.cat(codes)).flatten()                        # of the whole batch, in its order
+    if not args.finetune_decoder:
+        model.quantizer.update(gather_equal(torch.cat(vectors)).flatten(0, 1), codes)
+    update_ema(parts["ema"], model, args.ema, step)
+    meter.codes.append(codes)
+    meter.steps += 1
+    return lr
+
+
+def choose_config(args):
+    """(config of the run, the tokenizer whose decoder it finetunes or None); args get the config's sizes."""
+    source = None
+    if args.finetune_decoder:
+        if Path(args.finetune_decoder).resolve() == (args.out / "tokenizer.pt").resolve():
+            raise UserError(f"--finetune-decoder {args.finetune_decoder} would replace itself: take another --out")
+        source = load_tokenizer(args.finetune_decoder, args.device)
+        vars(args).update(asdict(source.config))
+    return TokenizerConfig(**{f.name: getattr(args, f.name) for f in fields(TokenizerConfig)}), source
+
+
+def build(config, source, args):
+    """{name: model or optimizer}: all whose state a checkpoint holds. source: see choose_config."""
+    torch.manual_seed(args.seed)
+    model = SpectralTokenizer(config).to(args.device)
+    if source:
+        model.load_state_dict(source.state_dict())
+        for name, p in model.named_parameters():
+            p.requires_grad_(name.split(".")[0] in model.decoder_parts)
+    parts = dict(model=model, ema=copy.deepcopy(model).eval(), optimizer=make_optimizer(model, args))
+    if args.gan:
+        parts["critic"] = Discriminator().to(args.device)
+        parts["critic_optimizer"] = torch.optim.AdamW(parts["critic"].parameters(), args.lr, (0.5, 0.9),
+                                                      weight_decay=0, fused=True)
+    if args.grad_checkpoint:
+        recompute_blocks(model)
+    return parts
 
 
 def main(args):
+    share_work(args)
+    share_batch(args)
     path = args.out / "tokenizer.pt"
-    config = TokenizerConfig(**{f.name: getattr(args, f.name) for f in fields(TokenizerConfig)})
+    config, source = choose_config(args)
     new_run(path, args)
     train, val = open_data(args)
-    torch.manual_seed(args.seed)
-    model = SpectralTokenizer(config).to(args.device)
-    ema = copy.deepcopy(model).eval()
-    optimizer = make_optimizer(model, args)
-    start = 0
-    if args.resume:
-        start = restore(path, "tokenizer", model, ema, optimizer, args)["step"]
-    dtype, peak = choose_dtype(args)
+    parts = build(config, source, args)
+    model, critic = parts["model"], parts.get("critic")
+    start = restore(path, "tokenizer", parts, args)["step"] if args.resume else 0
+    lpips = None
+    if args.perceptual:
+        lpips = first_rank_first(lambda: load_lpips(args.vgg, args.lpips_weights, args.device), args)
+    peak = choose_dtype(args)
     log = Log(args.out / "log-tokenizer.jsonl", args, model)
     print(f"{len(train):,} training and {len(val):,} held-out images, {len(train.class_names)} classes")
-    step_model = torch.compile(model) if args.compile else model
-    meter, interrupt = Meter(args, model.flops(1 if config.flat else 2), peak), Interrupt()
 
-    def save(step):
-        save_checkpoint(path, "tokenizer", config=asdict(config), args=plain(args), step=step,
-                        model=model.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict())
+    blank = torch.zeros(1, 3, config.image_size, config.image_size, device=args.device)
+    levels = draw_levels(1, config.num_tokens, config.flat or source).to(args.device)
+    flops, kept = cost(lambda: generator_pass(model, blank, levels, model.edges, lpips, critic, args)[0]["loss"], model)
+    for part in (model, critic) if critic else (model,):
+        part.zero_grad()
+    wrapped = {name: wrap(parts[name], args) for name in ("model", "critic") if name in parts}
+    meter, interrupt, loader = Meter(args, flops, peak), Interrupt(), batches(train, args, start)
 
     for step in range(start, args.steps + 1):
-        last = step == args.steps or interrupt.asked
-        if step > start and (step % args.log_every == 0 or last) and meter.count:
+        last = step == args.steps or any_rank(interrupt.asked)
+        saves = step > start and (step % args.save_every == 0 or last)
+        if args.dry_run and step > start:
+            return print_plan(args, model, flops, kept, len(train), time.perf_counter() - meter.start)
+        if step > start and (step % args.log_every == 0 or saves):
             log.write(**meter.line(step, lr))
-        if step > start and (step % args.eval_every == 0 or step == args.steps):
-            evaluation = evaluate(ema, val, args, dtype)
+        if step > start and (step % args.eval_every == 0 or step == args.steps) and args.rank == 0:
+            evaluation = evaluate(parts["ema"], val, args)
             print_evaluation(evaluation, model.edges.tolist())
             log.write(step=step, **evaluation)
-            meter.reset()
-        if step > start and (step % args.save_every == 0 or last):
-            save(step)
+            meter.start = time.perf_counter()
+        if saves:
+            save_run(path, "tokenizer", parts, step, args)
         if last:
             break
-
-        # one training step: a batch, its full level and one random level, the losses, the update
-        tick = time.perf_counter()
-        seed_step(args.seed, step)
-        images, _ = train.batch(batch_indices(len(train), args.batch_size, step, args.seed))
-        flip = torch.rand(len(images), 1, 1, 1) < 0.5
-        images = to_float(torch.where(flip, images.flip(-1), images).to(args.device))
-        meter.data_time += time.perf_counter() - tick
-
-        levels = draw_levels(len(images), config.num_tokens, config.flat, args.device)
-        with torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32):
-            recon, codes, vq_loss = step_model(images, levels)
-        rec_loss = reconstruction_loss(recon, images, levels, model.edges)
-        loss = rec_loss + vq_loss
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
-        lr = lr_at(step, args)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        optimizer.step()
-        optimizer.zero_grad()
-        update_ema(ema, model, args.ema, step)
-        meter.add(loss=loss, rec=rec_loss, vq=vq_loss, norm=norm)
-        meter.codes.append(codes)
+        lr = training_step(step, parts, wrapped, loader, lpips, meter, args)
 
     if interrupt.asked:
         raise FailedRun(f"{interrupt.asked} after step {step}: saved {path}, --resume goes on from there")
