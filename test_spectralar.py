@@ -31,8 +31,8 @@ import train_gpt
 import train_tokenizer
 from spectralar import (GPT, FailedRun, GPTConfig, SpectralTokenizer, TokenizerConfig, UserError, VectorQuantizer,
                         additive, attention, band_edges, causal_mask, code_fingerprint, dct2, dct_matrix, decoder_mask,
-                        encoder_mask, fingerprint, guidance_scale, idct2, load_generator, load_gpt, load_tokenizer, low_pass,
-                        sample, save_checkpoint, uniforms)
+                        encoder_mask, fingerprint, guidance_scale, idct2, load_generator, load_gpt, load_tokenizer,
+                        low_pass, sample, save_checkpoint, uniforms)
 from train_tokenizer import (LPIPS, PRESETS, SHAPES, Cifar, Discriminator, Folder, Log, Shapes, any_crop, batch_indices,
                              center_crop, codebook_use, cost, download, draw_levels, hinge_loss, lecam_loss, lr_at,
                              make_optimizer, open_folder, psnr, reconstruction_losses, recompute_blocks, run, to_float,
@@ -642,7 +642,7 @@ def test_imagenet_is_read_as_published(inside, tmp_path):
         for wnid in ("n02", "n01"):
             write_images(tmp_path / "ILSVRC" / inside / split / wnid, number)
     (tmp_path / "LOC_synset_mapping.txt").write_text("n01 tench, Tinca tinca\nn02 goldfish\nn03 more\n")
-    args = train_tokenizer.parse_args(["--data", "imagenet", "--data-dir", str(tmp_path / "ILSVRC"), "--image-size", "16"])
+    args = train_tokenizer.parse_args(["--data", "imagenet", "--data-dir", f"{tmp_path}/ILSVRC", "--image-size", "16"])
     train, val = train_tokenizer.open_data(args)
     assert train.class_names == val.class_names == ["tench, Tinca tinca (n01)", "goldfish (n02)"]
     assert (len(train), len(val)) == (6, 4) and args.out == Path("out/imagenet")
@@ -652,11 +652,11 @@ def test_imagenet_is_read_as_published(inside, tmp_path):
 # run helpers
 
 def test_cost_counts_each_product_and_what_backward_keeps():
-    """A linear layer's three products of 2 n^3, and the 12 layers of ViT-B by hand; recomputing keeps less."""
+    """A linear layer's three products of 2 n^3, and a GPT's by hand; recomputing keeps less."""
     layer, x = torch.nn.Linear(8, 8, bias=False), noise(8, 8, seed=1).requires_grad_()
     assert cost(lambda: layer(x).sum(), layer) == (3 * 2 * 8 ** 3, 8 * 8 * 4)
     model, codes = tiny_gpt(), some_codes(1)
-    macs = 2 * (N * 12 * D * D + 2 * N * N * D + 6 * D * D) + N * D * K + 2 * D * D     # blocks and AdaLN, head, last norm
+    macs = 2 * (N * 12 * D * D + 2 * N * N * D + 6 * D * D) + N * D * K + 2 * D * D     # blocks, AdaLN, head, norm
     flops, kept = cost(lambda: model(codes, torch.zeros(1, dtype=torch.long)).square().sum(), model)
     assert flops == 6 * macs
     recompute_blocks(model)
@@ -1096,8 +1096,8 @@ def start(script, out, flags="", ranks=1):
     """A script as a process of its own, or as several under torchrun."""
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--"] if ranks > 1 else []
     words = shlex.split(f"{FLAGS[script]} --device cpu --dtype float32 --out {shlex.quote(str(out))} {flags}")
-    return subprocess.Popen([sys.executable, *launcher, script.__file__, *words], env=dict(os.environ, OMP_NUM_THREADS="1"),
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen([sys.executable, *launcher, script.__file__, *words], stdout=subprocess.PIPE,
+                            stderr=subprocess.STDOUT, text=True, env=dict(os.environ, OMP_NUM_THREADS="1"))
 
 
 def finish(process, code=0):
@@ -1184,7 +1184,7 @@ def test_killed_encoding_goes_on_where_it_was(trained, tmp_path):
     for out in (whole, killed):
         out.mkdir(), shutil.copy(trained / "tokenizer.pt", out)
     part = killed / "codes-train.npy.part"
-    done = lambda: (np.load(part, mmap_mode="r")["label"] != train_gpt.TODO).sum()
+    done = lambda: (np.load(part, mmap_mode="r")["label"] != train_gpt.UNSEEN).sum()
     process = start(train_gpt, killed, flags)
     wait_for(lambda: part.exists() and done() > 200, process)
     process.kill(), process.communicate()

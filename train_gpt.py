@@ -5,9 +5,9 @@
   torchrun --nproc-per-node 8 train_gpt.py --data imagenet --data-dir /path/to/ILSVRC          # d16, the paper's size
   python train_gpt.py --data imagenet --data-dir /path/to/ILSVRC --depth 30 --dry-run          # what would d30 take?
 
-The data set is encoded once, in the views of --views, into codes-train.npy and codes-val.npy, by all processes together;
-a run that was stopped goes on encoding where it was. ImageNet at 64 tokens takes 164 MB a view. After the run:
-samples.png (a row a class) and log-gpt.jsonl.
+The data set is encoded once, in the views of --views, by all processes together, into codes-train.npy and
+codes-val.npy; a run that was stopped goes on encoding where it was. ImageNet at 64 tokens takes 164 MB a view. After
+the run: samples.png (a row a class) and log-gpt.jsonl.
 """
 import argparse
 import copy
@@ -20,23 +20,23 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from tqdm import tqdm
 
 from spectralar import (GPT, FailedRun, GPTConfig, SpectralTokenizer, TokenizerConfig, UserError, code_fingerprint,
                         load_tokenizer)
-from train_tokenizer import (Folder, Interrupt, Log, Meter, add_training_flags, ahead, any_rank, autocast, base_parser,
-                             batch_indices, choose_dtype, cost, finish_args, lr_at, make_optimizer, micro_rows, new_run,
-                             open_data, optimizer_step, preset_of, print_plan, recompute_blocks, restore, run, save_grid,
-                             save_run, seed_step, share_batch, share_work, syncing, to_float, to_uint8, update_ema, wrap)
+from train_tokenizer import (Folder, Interrupt, Log, Meter, add_training_flags, ahead, any_rank, autocast, barrier,
+                             base_parser, batch_indices, choose_dtype, cost, finish_args, lr_at, make_optimizer,
+                             micro_rows, new_run, open_data, optimizer_step, preset_of, print_plan, recompute_blocks,
+                             restore, run, save_grid, save_run, seed_step, share_batch, share_work, syncing, to_float,
+                             to_uint8, update_ema, wrap)
 
 # ------------------------------------------------------------------------------------------------------------------
 # codes of the data set, encoded once
 
 CENTRE, FIVE = [None], [(1.1, y, x) for y, x in ((0.5, 0.5), (0, 0), (0, 1), (1, 0), (1, 1))]   # see Folder.batch
 VIEWS = {"centre": (CENTRE, 1), "flip": (CENTRE, 2), "ten-crop": (FIVE, 2)}     # crops; 2: each and its mirror image
-TODO = 65535                                                            # label of an image that is not encoded yet
+UNSEEN = 65535                                                            # label of an image that is not encoded yet
 
 
 def code_records(views, N):
@@ -48,7 +48,7 @@ def code_records(views, N):
 def make_blank(path, count, record):
     """A .npy of images still to do, written out in full, so that a disk too small is met here."""
     blank = np.zeros(min(count, 2 ** 16), record)
-    blank["label"] = TODO
+    blank["label"] = UNSEEN
     try:
         with open(f"{path}.new", "wb") as file:
             header = np.lib.format.header_data_from_array_1_0(blank)
@@ -58,8 +58,8 @@ def make_blank(path, count, record):
         os.replace(f"{path}.new", path)
     except OSError as e:
         Path(f"{path}.new").unlink(missing_ok=True)
-        raise FailedRun(f"cannot write {path}, {count * record.itemsize / 1e6:,.0f} MB ({e.strerror}): free disk space, "
-                        f"or take fewer --views") from None
+        raise FailedRun(f"cannot write {path}, {count * record.itemsize / 1e6:,.0f} MB ({e.strerror}): free disk "
+                        f"space, or take fewer --views") from None
 
 
 def open_codes(path, count, record, mode):
@@ -84,10 +84,10 @@ def encode_split(path, tokenizer, data, count, views, args):
     if not path.exists():
         if args.rank == 0 and not part.exists():
             make_blank(part, count, record)
-        barrier(args)
+        barrier()
         file = open_codes(part, count, record, "r+")
         todo = [rows for rows in torch.arange(count).split(64)[args.rank::args.ranks]
-                if (file["label"][rows[0]:rows[-1] + 1] == TODO).any()]
+                if (file["label"][rows[0]:rows[-1] + 1] == UNSEEN).any()]
         read = lambda rows: [data.batch(rows, crop and torch.tensor(crop).expand(len(rows), 3)) for crop in crops]
         bar = tqdm(todo, desc=f"encoding {count:,} images x {len(crops) * sides}", disable=True if args.rank else None)
         for rows, batches in zip(bar, ahead(read, todo)):
@@ -98,18 +98,13 @@ def encode_split(path, tokenizer, data, count, views, args):
                     codes += [tokenizer.encode(x).cpu() for x in (images, images.flip(-1))[:sides]]
             here = slice(rows[0], rows[-1] + 1)
             file["codes"][here] = torch.stack(codes, 1)
-            file["label"][here] = labels                                # after the codes: a kill in between costs a batch
+            file["label"][here] = labels                                # last: until then the batch is still to do
         file.flush()
-        barrier(args)
+        barrier()
         if args.rank == 0:
             os.replace(part, path)
-        barrier(args)
+        barrier()
     return open_codes(path, count, record, "r")
-
-
-def barrier(args):
-    if args.ranks > 1:
-        dist.barrier()
 
 
 def cached_codes(tokenizer, train, val, args):
@@ -134,7 +129,7 @@ def cached_codes(tokenizer, train, val, args):
                                 f"--overwrite encodes again, --out takes another folder")
         Path(f"{tag_file}.tmp").write_text(json.dumps(tag))
         os.replace(f"{tag_file}.tmp", tag_file)
-    barrier(args)
+    barrier()
     return [encode_split(files[0], tokenizer, train, counts[0], args.views, args),
             encode_split(files[1], tokenizer, val, counts[1], "centre", args)]
 
@@ -191,8 +186,8 @@ def parse_args(argv=None):
     add("--eval-images", type=int, default=2048, help="held-out images to encode")
     add("--sample-cfg", type=float, default=2.0, help="guidance of the samples drawn at each evaluation")
     add_training_flags(parser, p)
-    parser.add_argument("--zero", action=argparse.BooleanOptionalAction, default=False, help="share Adam's moments among "
-                        "the GPUs (ZeroRedundancyOptimizer), for 1 B parameters and more")
+    parser.add_argument("--zero", action=argparse.BooleanOptionalAction, default=False,
+                        help="share Adam's moments among the GPUs (ZeroRedundancyOptimizer), for 1 B parameters and up")
     args = finish_args(parser, parser.parse_args(argv))
     args.width, args.heads = args.width or 64 * args.depth, args.heads or args.depth
     return args
@@ -248,7 +243,8 @@ def main(args):
     path = args.out / "gpt.pt"
     new_run(path, args)
     if args.dry_run and not (args.out / "tokenizer.pt").exists():           # a plan needs its sizes alone
-        tokenizer = SpectralTokenizer(TokenizerConfig(**{f.name: preset_of(args)[f.name] for f in fields(TokenizerConfig)}))
+        sizes = {f.name: preset_of(args)[f.name] for f in fields(TokenizerConfig)}
+        tokenizer = SpectralTokenizer(TokenizerConfig(**sizes))
     else:
         tokenizer = load_tokenizer(args.out / "tokenizer.pt", args.device)
     args.image_size, args.codebook_size, N = (getattr(tokenizer.config, k) for k in

@@ -417,8 +417,8 @@ def open_data(args):
         return tuple(Cifar(args.data, split, args.data_dir or "data", args.image_size) for split in ("train", "val"))
     root = Path(args.data_dir if args.data == "imagenet" else args.data)
     if args.data == "imagenet" and not any((root / d).is_dir() for d in ("train", "Data/CLS-LOC/train")):
-        raise UserError(f"{root} has no train folder: --data-dir names the folder of ImageNet's train/<wnid>/*.JPEG and "
-                        f"val/<wnid>/*.JPEG")
+        raise UserError(f"{root} has no train folder: --data-dir names the one that holds ImageNet's "
+                        f"train/<wnid>/*.JPEG and val/<wnid>/*.JPEG")
     if not root.is_dir():
         raise UserError(f"{root} is not a folder: --data takes {', '.join(DATA)} or a folder of images")
     return open_folder(root, args.image_size, args.workers)
@@ -522,7 +522,7 @@ class LPIPS(torch.nn.Module):
 
 
 class Discriminator(torch.nn.Module):
-    """PatchGAN (Isola et al. 2017): images in [-1, 1] (B, 3, H, W) -> a logit for each patch (B, 1, H/8, W/8), > 0: real.
+    """PatchGAN (Isola et al. 2017): images in [-1, 1] (B, 3, H, W) -> logits of patches (B, 1, H/8, W/8), real above 0.
 
     GroupNorm instead of BatchNorm, so that an image's logits do not depend on its batch. logit_means are the moving
     means that LeCAM needs.
@@ -696,7 +696,7 @@ def share_batch(args):
     """A step's batch is shared by ranks, a rank's share done in args.accumulate passes of args.micro_batch images."""
     share, rest = divmod(args.batch_size, args.ranks)
     if rest:
-        raise UserError(f"--batch-size {args.batch_size} cannot be shared by {args.ranks} processes: make it a multiple")
+        raise UserError(f"--batch-size {args.batch_size} is no multiple of the {args.ranks} processes: make it one")
     args.micro_batch = min(args.micro_batch or share, share)
     if share % args.micro_batch:
         raise UserError(f"each of {args.ranks} process(es) has {share} images of --batch-size {args.batch_size}, no "
@@ -724,16 +724,6 @@ def syncing(model, args, micro):
     return model.no_sync() if args.ranks > 1 and micro < args.accumulate - 1 else nullcontext()
 
 
-def first_rank_first(load, args):
-    """load() on the first rank, then on the others, who find what it downloads or trains."""
-    if args.rank:
-        dist.barrier()
-    result = load()
-    if args.ranks > 1 and not args.rank:
-        dist.barrier()
-    return result
-
-
 def all_sum(x, device):
     """Replace a tensor by its sum over all ranks."""
     if dist.is_initialized():
@@ -743,10 +733,25 @@ def all_sum(x, device):
 
 
 def any_rank(flag):
-    """Whether a flag is set on any rank; all must ask together."""
+    """Whether a flag is set on any rank; all must ask together. Over gloo, so it never waits for a GPU."""
     x = torch.tensor(float(bool(flag)))
     all_sum(x, "cpu")
     return x.item() > 0
+
+
+def barrier():
+    """Wait for all ranks: gloo does so for half an hour, NCCL would for ten minutes."""
+    any_rank(False)
+
+
+def first_rank_first(load, args):
+    """load() on the first rank, then on the others, who find what it downloads or trains."""
+    if args.rank:
+        barrier()
+    result = load()
+    if args.rank == 0:
+        barrier()
+    return result
 
 
 def gather(x):
@@ -822,7 +827,7 @@ def autocast(args):
 
 
 def make_optimizer(model, args):
-    """AdamW that decays matrices only: no biases, norms, embeddings, positions, codebook. Frozen parameters stay out."""
+    """AdamW of all that is not frozen; matrices alone decay: no biases, norms, embeddings, positions, codebook."""
     matrices = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Linear)}
     trained = [p for p in model.parameters() if p.requires_grad]
     groups = [dict(params=[p for p in trained if (id(p) in matrices) == decays],
@@ -888,8 +893,8 @@ def restore(path, kind, parts, args):
             try:
                 part.load_state_dict(checkpoint[name])
             except ValueError:
-                raise UserError(f"{path}: its {name} trained other parameters than this run's: resume with the flags of "
-                                f"its start") from None
+                raise UserError(f"{path}: its {name} trained other parameters than this run's: resume with the flags "
+                                f"of its start") from None
     args.dtype = checkpoint["args"]["dtype"]
     return checkpoint
 
@@ -1024,28 +1029,26 @@ def cost(compute, model):
 
 
 def print_plan(args, model, flops, kept, images, seconds):
-    """The plan of a run on args.gpus GPUs; flops and kept bytes are of one image (see cost), seconds of one step."""
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    total = sum(p.numel() for p in model.parameters())
-    moments = 8 * trained / (args.gpus if getattr(args, "zero", False) else 1)
-    states = 4 * (2 * total + trained) + moments                            # weights, EMA; gradients; Adam's moments
-    share = -(-args.batch_size // args.gpus)
-    seen = args.steps * args.batch_size
-    parts = {}
+    """The plan of a run on args.gpus GPUs: flops and kept bytes of one image (see cost), size of the data set, seconds
+    of the one step."""
+    parts, gb = {}, lambda x: f"{x / 1e9:.3g} GB"
     for name, p in model.named_parameters():
         parts[name.split(".")[0]] = parts.get(name.split(".")[0], 0) + p.numel()
+    total, trained = sum(parts.values()), sum(p.numel() for p in model.parameters() if p.requires_grad)
+    states = 4 * (2 * total + trained)                                      # weights, their averages, gradients
+    states += 8 * trained / (args.gpus if getattr(args, "zero", False) else 1)      # Adam's moments
+    seen = args.steps * args.batch_size
+    hours = flops * seen / (args.tflops * 1e12 * args.gpus) / 3600
     lines = dict(
         parameters=f"{total / 1e6:.1f} M: " + ", ".join(f"{k} {n / 1e6:.2f}" for k, n in parts.items()),
         tokens=f"{model.config.num_tokens} an image, of {model.config.codebook_size} codes",
-        batch=f"{args.batch_size} images, {share} on each of {args.gpus} GPUs",
-        steps=f"{args.steps:,}, so {seen / 1e6:,.1f} M images: {seen / images:,.1f} times the {images:,} of the data set",
+        batch=f"{args.batch_size} images, {-(-args.batch_size // args.gpus)} on each of {args.gpus} GPUs",
+        steps=f"{args.steps:,}, so {seen / 1e6:,.1f} M images: {seen / images:,.1f} times all {images:,}",
         compute=f"{flops / 1e9:.4g} GFLOP an image, {flops * seen:.2e} FLOP in all",
-        memory=f"{states / 1e9:.1f} GB a GPU for weights, gradients, Adam and EMA; {kept / 1e9:.3g} GB an image kept for "
-               f"backward (in {args.dtype}), {kept * args.micro_batch / 1e9:.1f} GB at --micro-batch {args.micro_batch}",
-        time=f"{duration(flops * seen / (args.tflops * 1e12 * args.gpus) / 3600)} on {args.gpus} GPUs, if each reaches "
-             f"{args.tflops:g} TFLOP/s (--tflops, an assumption)",
-        here=f"a step of {args.micro_batch} image(s) took {seconds:.1f} s on {args.device}, peak "
-             f"{peak_memory() / 1e9:.1f} GB")
+        memory=f"{gb(states)} a GPU for weights, averages, gradients and Adam; {gb(kept)} an image kept for backward "
+               f"({args.dtype}), so {gb(kept * args.micro_batch)} in passes of {args.micro_batch}",
+        time=f"{duration(hours)} on {args.gpus} GPUs if each reaches {args.tflops:g} TFLOP/s (--tflops, an assumption)",
+        here=f"a step of {args.micro_batch} image(s) took {seconds:.1f} s on {args.device}, peak {gb(peak_memory())}")
     print("the plan", *(f"  {k:11s} {v}" for k, v in lines.items()), sep="\n")
 
 
@@ -1149,8 +1152,8 @@ def parse_args(argv=None):
     add("--power", type=float, default=p["power"], help="of the mapping: window side S (i/N)^power, 1 = uniform")
     add("--flat", action=argparse.BooleanOptionalAction, default=p["flat"], help="baseline: one level, bidirectional")
     add("--eval-images", type=int, default=p["eval_images"], help="held-out images in an evaluation")
-    add("--finetune-decoder", metavar="FILE", help="train the decoder of this tokenizer.pt alone, at the full level: its "
-        "codes, and any generator of them, stay as they are")
+    add("--finetune-decoder", metavar="FILE", help="train the decoder of this tokenizer.pt alone, at the full level: "
+        "its codes, and any generator of them, stay as they are")
     add = parser.add_argument_group("losses, beside the squared error").add_argument
     add("--perceptual", type=float, default=p["perceptual"], help="weight of LPIPS, 0 = without (and no download)")
     add("--gan", type=float, default=p["gan"], help="weight of the adversarial loss, full level only; 0 = without")
