@@ -26,10 +26,10 @@ from tqdm import tqdm
 from spectralar import (GPT, FailedRun, GPTConfig, SpectralTokenizer, TokenizerConfig, UserError, code_fingerprint,
                         load_tokenizer)
 from train_tokenizer import (Folder, Interrupt, Log, Meter, add_training_flags, ahead, any_rank, autocast, barrier,
-                             base_parser, batch_indices, choose_dtype, cost, finish_args, lr_at, make_optimizer,
-                             micro_rows, new_run, open_data, optimizer_step, preset_of, print_plan, recompute_blocks,
-                             restore, run, save_grid, save_run, seed_step, share_batch, share_work, syncing, to_float,
-                             to_uint8, update_ema, wrap)
+                             base_parser, batch_indices, choose_dtype, cost_of_image, finish_args, lr_at,
+                             make_optimizer, micro_rows, new_run, open_data, optimizer_step, preset_of, print_plan,
+                             recompute_blocks, restore, run, save_grid, save_run, seed_step, share_batch, share_work,
+                             syncing, to_float, to_uint8, update_ema, without_memory, wrap)
 
 # ------------------------------------------------------------------------------------------------------------------
 # codes of the data set, encoded once
@@ -259,24 +259,29 @@ def main(args):
             raise UserError(f"{path} learned codes of tokenizer {learned}, {args.out / 'tokenizer.pt'} makes those of "
                             f"{code_name}: --overwrite starts anew")
     peak = choose_dtype(args)
-    data = np.zeros(1, code_records(args.views, N)) if args.dry_run else None
-    if not args.dry_run:
+    if args.dry_run:
+        data = held_out = np.zeros(args.batch_size, code_records(args.views, N))     # any codes do for a plan
+    else:
         data, held_out = cached_codes(tokenizer, train, val, args)
-        held_out = [torch.from_numpy(held_out[k].astype(np.int64)) for k in ("codes", "label")]
+    held_out = [torch.from_numpy(held_out[k].astype(np.int64)) for k in ("codes", "label")]
     log = Log(args.out / "log-gpt.jsonl", args, model)
     print(f"{len(data):,} images in {data['codes'].shape[1]} views, {len(train.class_names)} classes")
 
-    blank = torch.zeros(1, N, dtype=torch.long, device=args.device)
-    flops, kept = cost(lambda: forward_pass(model, blank, blank[:, 0], args)["loss"], model)
-    model.zero_grad()
-    meter, interrupt, wrapped = Meter(args, flops, peak), Interrupt(), wrap(model, args)
+    with without_memory(args.device):
+        fake, codes = GPT(model.config), torch.zeros(2, N, dtype=torch.long)
+        if args.grad_checkpoint:
+            recompute_blocks(fake)
+        costs = cost_of_image(lambda B: forward_pass(fake, codes[:B], codes[:B, 0], args)["loss"], fake)
+    if args.dry_run:
+        print_plan(args, model, *costs, len(train))
+    meter, interrupt, wrapped = Meter(args, costs[0], peak), Interrupt(), wrap(model, args)
     carried = dict(class_names=train.class_names, tokenizer=dict(config=asdict(tokenizer.config), fingerprint=code_name,
                                                                  model=tokenizer.state_dict()))
     for step in range(start, args.steps + 1):
         last = step == args.steps or any_rank(interrupt.asked)
         saves = step > start and (step % args.save_every == 0 or last)
         if args.dry_run and step > start:
-            return print_plan(args, model, flops, kept, len(train), time.perf_counter() - meter.start)
+            return meter.line(step, lr)
         if step > start and (step % args.log_every == 0 or saves):
             log.write(**meter.line(step, lr))
         if step > start and (step % args.eval_every == 0 or step == args.steps) and args.rank == 0:

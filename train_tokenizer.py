@@ -26,7 +26,7 @@ import time
 import urllib.request
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, fields
 from functools import lru_cache, partial
 from itertools import count
@@ -37,6 +37,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
@@ -447,7 +448,8 @@ def batches(data, args, start):
         u = uniforms((2 * args.seed + 1) * 2 ** 50 + step * args.batch_size + torch.arange(args.batch_size)[rows], 4)
         crops = torch.stack([1 + u[:, 1] / 8, u[:, 2], u[:, 3]], 1)     # short side 1 .. 1.125 times the image side
         images, _ = data.batch(batch_indices(len(data), args.batch_size, step, args.seed)[rows], crops)
-        images = torch.where(u[:, 0].view(-1, 1, 1, 1) < 0.5, images.flip(-1), images)
+        flipped = u[:, 0] < 0.5
+        images[flipped] = images[flipped].flip(-1)
         return images.pin_memory() if args.device.startswith("cuda") else images
     return ahead(make, count(start * args.accumulate))
 
@@ -502,7 +504,6 @@ class LPIPS(torch.nn.Module):
         self.lin = torch.nn.ParameterList(torch.zeros(stage[-1]) for stage in self.stages)
         self.register_buffer("shift", torch.tensor([-.030, -.088, -.188]).view(3, 1, 1), persistent=False)
         self.register_buffer("scale", torch.tensor([.458, .448, .450]).view(3, 1, 1), persistent=False)
-        self.to(memory_format=torch.channels_last)
 
     def taps(self, x):
         """Unit-length features after relu1_2, 2_2, 3_3, 4_3 and 5_3."""
@@ -539,7 +540,6 @@ class Discriminator(torch.nn.Module):
             if isinstance(m, conv):
                 torch.nn.init.normal_(m.weight, std=0.02)
         self.register_buffer("logit_means", torch.zeros(2))             # of real images, of generated ones
-        self.to(memory_format=torch.channels_last)
 
     def forward(self, x):
         return self.layers(x.contiguous(memory_format=torch.channels_last)).float()
@@ -574,7 +574,7 @@ def load_lpips(vgg=None, linear=None, device="cpu"):
     except UNREADABLE as e:
         raise UserError(f"{vgg} and {linear} are not VGG16's and LPIPS' weights ({str(e).splitlines()[0][:80]}): "
                         f"get {VGG_URL} and {LPIPS_URL}") from None
-    return model.to(device).eval().requires_grad_(False)
+    return model.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -666,17 +666,21 @@ def keep_freed_memory():
 def run(main, args):
     """main(args), with a user's mistake told in one line (exit 2) and a failed run too (exit 1)."""
     keep_freed_memory()
+    code = 0
     try:
         main(args)
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
-        sys.exit(2)
+        code = 2
     except (FailedRun, torch.OutOfMemoryError) as e:
         print(f"failed: {str(e).splitlines()[0]}", file=sys.stderr)
-        sys.exit(1)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()                                    # or its threads may abort the exit
+        code = 1
+    if dist.is_initialized():
+        dist.destroy_process_group()
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(code)      # gloo's threads outlive the group, and may abort Python's own exit (1 of 36 runs)
+    if code:
+        sys.exit(code)
 
 
 def share_work(args):
@@ -716,7 +720,7 @@ def wrap(model, args):
     """The model as a step calls it: compiled if asked, its gradients averaged over the ranks."""
     model = torch.compile(model) if args.compile else model
     # buffers need no broadcast: every rank computes the same ones
-    return DistributedDataParallel(model, broadcast_buffers=False) if args.ranks > 1 else model
+    return DistributedDataParallel(model, forward_sync_buffers=False) if args.ranks > 1 else model
 
 
 def syncing(model, args, micro):
@@ -974,11 +978,11 @@ class Meter:
         seconds = (time.perf_counter() - self.start) / self.steps
         if self.codes:                                                      # codes chosen since the last line
             terms["used"] = len(torch.cat(self.codes).unique()) / args.codebook_size
-        speed = args.batch_size / seconds
+        speed = args.ranks * args.accumulate * args.micro_batch / seconds
         memory = torch.cuda.max_memory_allocated() if args.device.startswith("cuda") else peak_memory()
         record = dict(step=step, **terms, lr=lr, ms=seconds * 1e3, images_per_second=speed,
                       mfu=speed * self.flops / (self.peak * args.ranks), data=self.data_time / self.steps / seconds,
-                      memory_gb=memory / 1e9, eta_hours=(args.steps - step) * seconds / 3600)
+                      memory_gb=memory / 1e9, eta_hours=(args.steps - step) * args.batch_size / speed / 3600)
         print(f"step {step:06d}/{args.steps:06d}", *(f"{k} {v:.4f}" for k, v in terms.items()), f"lr {lr:.2e}",
               f"{seconds * 1e3:.0f} ms", f"{speed:.3g} img/s", f"mfu {record['mfu']:.0%}", f"data {record['data']:.1%}",
               f"{record['memory_gb']:.1f} GB", f"eta {duration(record['eta_hours'])}", sep=" | ", flush=True)
@@ -1011,31 +1015,47 @@ class Interrupt:
 # ------------------------------------------------------------------------------------------------------------------
 # the plan of --dry-run
 
-def cost(compute, model):
-    """(floating point operations of matrix products and convolutions, bytes kept for backward) of compute()'s loss.
+def without_memory(device):
+    """Context in which tensors have shapes and dtypes only: any size of model can be planned anywhere."""
+    stack = ExitStack()
+    stack.enter_context(FakeTensorMode())
+    stack.enter_context(torch.device(device))
+    return stack
 
-    Runs it, forward and backward, and leaves the gradients behind.
+
+def cost(compute, model):
+    """(floating point operations of matrix products and convolutions, bytes kept for backward) of compute(), a loss.
+
+    Forward and backward are run, the gradients left behind.
     """
-    kept, weights = {}, {p.data_ptr() for p in model.parameters()}
+    weights, kept = {p.untyped_storage()._cdata for p in model.parameters()}, {}
 
     def note(x):
-        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        kept[x.untyped_storage()._cdata] = x.untyped_storage().nbytes()
         return x
     with FlopCounterMode(display=False) as counter:
         with saved_tensors_hooks(note, lambda x: x):
             loss = compute()
         loss.backward()
-    return counter.get_total_flops(), sum(size for where, size in kept.items() if where not in weights)
+    return counter.get_total_flops(), sum(size for storage, size in kept.items() if storage not in weights)
 
 
-def print_plan(args, model, flops, kept, images, seconds):
-    """The plan of a run on args.gpus GPUs: flops and kept bytes of one image (see cost), size of the data set, seconds
-    of the one step."""
+def cost_of_image(compute, model):
+    """(flops, bytes kept) of an image, and the bytes kept whatever the images, as weights cast to bfloat16 are.
+
+    compute(B) is the loss of B images.
+    """
+    (flops, one), (_, two) = (cost(lambda: compute(B), model) for B in (1, 2))
+    return flops, two - one, 2 * one - two
+
+
+def print_plan(args, model, flops, kept, fixed, images):
+    """The plan of a run on args.gpus GPUs, for costs from cost_of_image and a data set of so many images."""
     parts, gb = {}, lambda x: f"{x / 1e9:.3g} GB"
     for name, p in model.named_parameters():
         parts[name.split(".")[0]] = parts.get(name.split(".")[0], 0) + p.numel()
     total, trained = sum(parts.values()), sum(p.numel() for p in model.parameters() if p.requires_grad)
-    states = 4 * (2 * total + trained)                                      # weights, their averages, gradients
+    states = 4 * (2 * total + trained) + fixed                              # weights, their averages, gradients
     states += 8 * trained / (args.gpus if getattr(args, "zero", False) else 1)      # Adam's moments
     seen = args.steps * args.batch_size
     hours = flops * seen / (args.tflops * 1e12 * args.gpus) / 3600
@@ -1047,9 +1067,8 @@ def print_plan(args, model, flops, kept, images, seconds):
         compute=f"{flops / 1e9:.4g} GFLOP an image, {flops * seen:.2e} FLOP in all",
         memory=f"{gb(states)} a GPU for weights, averages, gradients and Adam; {gb(kept)} an image kept for backward "
                f"({args.dtype}), so {gb(kept * args.micro_batch)} in passes of {args.micro_batch}",
-        time=f"{duration(hours)} on {args.gpus} GPUs if each reaches {args.tflops:g} TFLOP/s (--tflops, an assumption)",
-        here=f"a step of {args.micro_batch} image(s) took {seconds:.1f} s on {args.device}, peak {gb(peak_memory())}")
-    print("the plan", *(f"  {k:11s} {v}" for k, v in lines.items()), sep="\n")
+        time=f"{duration(hours)} on {args.gpus} GPUs if each reaches {args.tflops:g} TFLOP/s (--tflops, an assumption)")
+    print("the plan", *(f"  {k:11s} {v}" for k, v in lines.items()), sep="\n", flush=True)
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -1119,7 +1138,8 @@ def evaluate(model, data, args):
             pictures = [("image", images)]
             for i in ([i for i in levels if i > 1] if len(levels) > 6 else levels):
                 pictures += [(f"target, {i} token{'s' * (i > 1)}", targets[i]), ("reconstruction", outputs[i])]
-    save_grid(args.out / "recon.png", [to_uint8(x[:12]) for _, x in pictures], [name for name, _ in pictures])
+    shown = 12 if images.shape[-1] <= 64 else 6
+    save_grid(args.out / "recon.png", [to_uint8(x[:shown]) for _, x in pictures], [name for name, _ in pictures])
     results = {i: torch.cat(r, 1).mean(1).tolist() for i, r in results.items()}
     used, perplexity, by_position = codebook_use(torch.cat(all_codes), model.config.codebook_size)
     return dict(psnr_sub_image={i: r[0] for i, r in results.items()}, psnr_image={i: r[1] for i, r in results.items()},
@@ -1275,12 +1295,29 @@ def build(config, source, args):
             p.requires_grad_(name.split(".")[0] in model.decoder_parts)
     parts = dict(model=model, ema=copy.deepcopy(model).eval(), optimizer=make_optimizer(model, args))
     if args.gan:
-        parts["critic"] = Discriminator().to(args.device)
+        parts["critic"] = Discriminator().to(args.device, memory_format=torch.channels_last)
         parts["critic_optimizer"] = torch.optim.AdamW(parts["critic"].parameters(), args.lr, (0.5, 0.9),
                                                       weight_decay=0, fused=True)
     if args.grad_checkpoint:
         recompute_blocks(model)
     return parts
+
+
+def plan_costs(config, args):
+    """cost_of_image of model and losses; the discriminator's own step, 2 % more, is left out."""
+    with without_memory(args.device):
+        model, critic = SpectralTokenizer(config), Discriminator() if args.gan else None
+        lpips = LPIPS().requires_grad_(False) if args.perceptual else None
+        for name, p in model.named_parameters():
+            p.requires_grad_(not args.finetune_decoder or name.split(".")[0] in model.decoder_parts)
+        if args.grad_checkpoint:
+            recompute_blocks(model)
+
+        def compute(B):
+            images = torch.zeros(B, 3, config.image_size, config.image_size)
+            levels = draw_levels(B, config.num_tokens, config.flat or args.finetune_decoder)
+            return generator_pass(model, images, levels, model.edges, lpips, critic, args)[0]["loss"]
+        return cost_of_image(compute, model)
 
 
 def main(args):
@@ -1291,7 +1328,7 @@ def main(args):
     new_run(path, args)
     train, val = open_data(args)
     parts = build(config, source, args)
-    model, critic = parts["model"], parts.get("critic")
+    model = parts["model"]
     start = restore(path, "tokenizer", parts, args)["step"] if args.resume else 0
     lpips = None
     if args.perceptual:
@@ -1300,19 +1337,17 @@ def main(args):
     log = Log(args.out / "log-tokenizer.jsonl", args, model)
     print(f"{len(train):,} training and {len(val):,} held-out images, {len(train.class_names)} classes")
 
-    blank = torch.zeros(1, 3, config.image_size, config.image_size, device=args.device)
-    levels = draw_levels(1, config.num_tokens, config.flat or source).to(args.device)
-    flops, kept = cost(lambda: generator_pass(model, blank, levels, model.edges, lpips, critic, args)[0]["loss"], model)
-    for part in (model, critic) if critic else (model,):
-        part.zero_grad()
+    costs = plan_costs(config, args)
+    if args.dry_run:
+        print_plan(args, model, *costs, len(train))
     wrapped = {name: wrap(parts[name], args) for name in ("model", "critic") if name in parts}
-    meter, interrupt, loader = Meter(args, flops, peak), Interrupt(), batches(train, args, start)
+    meter, interrupt, loader = Meter(args, costs[0], peak), Interrupt(), batches(train, args, start)
 
     for step in range(start, args.steps + 1):
         last = step == args.steps or any_rank(interrupt.asked)
         saves = step > start and (step % args.save_every == 0 or last)
         if args.dry_run and step > start:
-            return print_plan(args, model, flops, kept, len(train), time.perf_counter() - meter.start)
+            return meter.line(step, lr)
         if step > start and (step % args.log_every == 0 or saves):
             log.write(**meter.line(step, lr))
         if step > start and (step % args.eval_every == 0 or step == args.steps) and args.rank == 0:
