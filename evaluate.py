@@ -30,8 +30,8 @@ from tqdm import tqdm
 from sample import add_sampling_flags, check_sampling_flags, load_models, sample_seeds, sampling
 from spectralar import UNREADABLE, UserError, fingerprint, load_tokenizer, read_checkpoint, save_checkpoint
 from train_tokenizer import (CIFAR, all_sum, base_parser, batch_indices, codebook_use, download, finish_args,
-                             first_rank_first, gather, images_below, load_lpips, open_data, psnr, run, seed_step,
-                             share_work, to_float, to_uint8, versions, weights_folder)
+                             first_rank_first, gather, images_below, load_lpips, open_data, pick, psnr, run,
+                             seed_step, share_work, to_float, to_uint8, versions, weights_folder)
 
 # ------------------------------------------------------------------------------------------------------------------
 # Inception-v3 as in the 2015 TensorFlow graph that FID is defined by
@@ -415,11 +415,6 @@ def read_folder(path, workers):
     pool = ThreadPoolExecutor(max(1, workers))
     return len(files), lambda start, stop: torch.from_numpy(
         np.stack(list(pool.map(decode, files[start:stop])))).permute(0, 3, 1, 2)
-
-
-def pick(n, most):
-    """Indices, ascending, of at most `most` of n images: a fixed random choice, as an even one could skip classes."""
-    return torch.randperm(n, generator=torch.Generator().manual_seed(0))[:most].sort().values
 
 
 STATISTICS = "mu", "sigma", "mu_s", "sigma_s"      # of an .npz, as ADM names them

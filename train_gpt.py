@@ -27,16 +27,16 @@ from spectralar import (GPT, FailedRun, GPTConfig, SpectralTokenizer, TokenizerC
                         load_tokenizer)
 from train_tokenizer import (Folder, Interrupt, Log, Meter, add_training_flags, ahead, any_rank, autocast, barrier,
                              base_parser, batch_indices, choose_dtype, cost_of_image, finish_args, lr_at,
-                             make_optimizer, micro_rows, new_run, open_data, optimizer_step, preset_of, print_plan,
-                             recompute_blocks, restore, run, save_grid, save_run, seed_step, share_batch, share_work,
-                             syncing, to_float, to_uint8, update_ema, without_memory, wrap)
+                             make_optimizer, micro_rows, new_run, open_data, optimizer_step, pick, preset_of,
+                             print_plan, recompute_blocks, restore, run, save_grid, save_run, seed_step, share_batch,
+                             share_work, syncing, to_float, to_uint8, update_ema, without_memory, wrap)
 
 # ------------------------------------------------------------------------------------------------------------------
 # codes of the data set, encoded once
 
 CENTRE, FIVE = [None], [(1.1, y, x) for y, x in ((0.5, 0.5), (0, 0), (0, 1), (1, 0), (1, 1))]   # see Folder.batch
 VIEWS = {"centre": (CENTRE, 1), "flip": (CENTRE, 2), "ten-crop": (FIVE, 2)}     # crops; 2: each and its mirror image
-UNSEEN = 65535                                                            # label of an image that is not encoded yet
+UNSEEN = 65535                                                          # label of an image that is not encoded yet
 
 
 def code_records(views, N):
@@ -76,11 +76,12 @@ def open_codes(path, count, record, mode):
 
 @torch.no_grad()
 def encode_split(path, tokenizer, data, count, views, args):
-    """Records of the first images, encoded by all ranks together; the file's name ends in .part until it is whole.
+    """Records of the images picked, encoded by all ranks together; the file's name ends in .part until it is whole.
 
     What a stopped run left there is kept: batches are the same, and so are the codes.
     """
     part, (crops, sides), record = Path(f"{path}.part"), VIEWS[views], code_records(views, tokenizer.config.num_tokens)
+    picked = pick(len(data), count)
     if not path.exists():
         if args.rank == 0 and not part.exists():
             make_blank(part, count, record)
@@ -88,7 +89,7 @@ def encode_split(path, tokenizer, data, count, views, args):
         file = open_codes(part, count, record, "r+")
         todo = [rows for rows in torch.arange(count).split(64)[args.rank::args.ranks]
                 if (file["label"][rows[0]:rows[-1] + 1] == UNSEEN).any()]
-        read = lambda rows: [data.batch(rows, crop and torch.tensor(crop).expand(len(rows), 3)) for crop in crops]
+        read = lambda rows: [data.batch(picked[rows], crop and torch.tensor(crop).expand(len(rows), 3)) for crop in crops]
         bar = tqdm(todo, desc=f"encoding {count:,} images x {len(crops) * sides}", disable=True if args.rank else None)
         for rows, batches in zip(bar, ahead(read, todo)):
             codes = []

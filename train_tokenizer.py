@@ -437,6 +437,11 @@ def batch_indices(n, batch_size, step, seed):
                       for epoch in (position // n).unique().tolist()])
 
 
+def pick(n, most):
+    """Indices, ascending, of at most `most` of n images: a fixed random choice, as an even one could skip classes."""
+    return torch.randperm(n, generator=torch.Generator().manual_seed(0))[:most].sort().values
+
+
 def batches(data, args, start):
     """This rank's micro-batches from step `start` on: uint8 images (b, 3, S, S), flipped, files cropped, at random.
 
@@ -646,6 +651,8 @@ def finish_args(parser, args):
         value = getattr(args, flag, None)
         if value is not None and value < 1:
             parser.error(f"--{flag.replace('_', '-')} is {value}: it must be at least 1")
+    if getattr(args, "keep", 0) < 0:
+        parser.error(f"--keep is {args.keep}: it must be at least 0")
     try:
         torch.empty(1, device=args.device)
     except (RuntimeError, AssertionError) as e:
@@ -1125,7 +1132,7 @@ def evaluate(model, data, args):
     N, levels = model.config.num_tokens, spread_levels(model.config.num_tokens)
     levels = levels[-1:] if model.config.flat else levels
     results, all_codes, pictures = {i: [] for i in levels}, [], []
-    for chunk in torch.arange(min(args.eval_images, len(data))).split(64):
+    for chunk in pick(len(data), args.eval_images).split(64):
         images = to_float(data.batch(chunk)[0].to(args.device))
         with autocast(args):
             codes = model.encode(images)
