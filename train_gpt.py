@@ -89,7 +89,9 @@ def encode_split(path, tokenizer, data, count, views, args):
         file = open_codes(part, count, record, "r+")
         todo = [rows for rows in torch.arange(count).split(64)[args.rank::args.ranks]
                 if (file["label"][rows[0]:rows[-1] + 1] == UNSEEN).any()]
-        read = lambda rows: [data.batch(picked[rows], crop and torch.tensor(crop).expand(len(rows), 3)) for crop in crops]
+
+        def read(rows):
+            return [data.batch(picked[rows], crop and torch.tensor(crop).expand(len(rows), 3)) for crop in crops]
         bar = tqdm(todo, desc=f"encoding {count:,} images x {len(crops) * sides}", disable=True if args.rank else None)
         for rows, batches in zip(bar, ahead(read, todo)):
             codes = []

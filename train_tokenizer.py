@@ -1292,14 +1292,19 @@ def choose_config(args):
     return TokenizerConfig(**{f.name: getattr(args, f.name) for f in fields(TokenizerConfig)}), source
 
 
+def freeze_codes(model):
+    """Leave the decoder alone to be trained."""
+    for name, p in model.named_parameters():
+        p.requires_grad_(name.split(".")[0] in model.decoder_parts)
+
+
 def build(config, source, args):
     """{name: model or optimizer}: all whose state a checkpoint holds. source: see choose_config."""
     torch.manual_seed(args.seed)
     model = SpectralTokenizer(config).to(args.device)
     if source:
         model.load_state_dict(source.state_dict())
-        for name, p in model.named_parameters():
-            p.requires_grad_(name.split(".")[0] in model.decoder_parts)
+        freeze_codes(model)
     parts = dict(model=model, ema=copy.deepcopy(model).eval(), optimizer=make_optimizer(model, args))
     if args.gan:
         parts["critic"] = Discriminator().to(args.device, memory_format=torch.channels_last)
@@ -1315,8 +1320,8 @@ def plan_costs(config, args):
     with without_memory(args.device):
         model, critic = SpectralTokenizer(config), Discriminator() if args.gan else None
         lpips = LPIPS().requires_grad_(False) if args.perceptual else None
-        for name, p in model.named_parameters():
-            p.requires_grad_(not args.finetune_decoder or name.split(".")[0] in model.decoder_parts)
+        if args.finetune_decoder:
+            freeze_codes(model)
         if args.grad_checkpoint:
             recompute_blocks(model)
 
