@@ -1316,7 +1316,7 @@ def build(config, source, args):
 
 
 def plan_costs(config, args):
-    """cost_of_image of model and losses; the discriminator's own step, 2 % more, is left out."""
+    """cost_of_image of model and losses; the discriminator's own step, 3 % more, is left out."""
     with without_memory(args.device):
         model, critic = SpectralTokenizer(config), Discriminator() if args.gan else None
         lpips = LPIPS().requires_grad_(False) if args.perceptual else None
