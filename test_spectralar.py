@@ -1150,7 +1150,7 @@ def test_ranks_and_passes_train_as_one_process_does(script, kind, a_copy, tmp_pa
         assert_same(first / f"{kind}.pt", out / f"{kind}.pt", 1e-5)
         assert len(logs(out)) == 20
         for one, other in zip(logs(first), logs(out)):
-            for term in {"loss", "rec", "vq", "gan", "critic", "bits", "accuracy", "used"} & one.keys():
+            for term in {"loss", "rec", "vq", "gan", "critic", "bits", "accuracy", "used", "norm"} & one.keys():
                 assert other[term] == pytest.approx(one[term], rel=1e-5, abs=1e-5), (name, one["step"], term)
 
 
