@@ -653,6 +653,8 @@ def finish_args(parser, args):
             parser.error(f"--{flag.replace('_', '-')} is {value}: it must be at least 1")
     if getattr(args, "keep", 0) < 0:
         parser.error(f"--keep is {args.keep}: it must be at least 0")
+    if args.device.startswith("cuda") and "LOCAL_RANK" in os.environ:       # torchrun: each process has its own GPU
+        args.device = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         torch.empty(1, device=args.device)
     except (RuntimeError, AssertionError) as e:
@@ -694,10 +696,10 @@ def share_work(args):
     """Join the other processes of torchrun: sets args.rank and args.ranks (0 and 1 without it). Rank 0 alone prints."""
     args.rank, args.ranks = 0, 1
     if "RANK" in os.environ:
-        if args.device.startswith("cuda"):
-            args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+        cuda = args.device.startswith("cuda")
+        if cuda:
             torch.cuda.set_device(args.device)
-        dist.init_process_group("cpu:gloo,cuda:nccl" if args.device.startswith("cuda") else "gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
         args.rank, args.ranks = dist.get_rank(), dist.get_world_size()
         if args.rank:
             sys.stdout = open(os.devnull, "w")
