@@ -183,9 +183,10 @@ def parse_args(argv=None):
     add("--heads", type=int, default=p["heads"], help="of attention (where no default stands: depth)")
     add("--label-drop", type=float, default=p["label_drop"], help="share of labels dropped, for guidance")
     add = parser.add_argument_group("codes").add_argument
-    add("--views", choices=VIEWS, default=p["views"], help="of each training image: the centre crop; and its mirror "
-        "image; the five crops at 1.1 times the size and theirs")
-    add("--code-images", type=int, default=p["code_images"], help="training images to encode (default: all)")
+    add("--views", choices=VIEWS, default=p["views"], help="of each training image: centre is ADM's crop, flip adds "
+        "its mirror image, ten-crop is five crops at 1.1 times the size and theirs")
+    add("--code-images", type=int, default=p["code_images"], help="training images to encode (where no default stands: "
+        "all)")
     add("--eval-images", type=int, default=2048, help="held-out images to encode")
     add("--sample-cfg", type=float, default=2.0, help="guidance of the samples drawn at each evaluation")
     add_training_flags(parser, p)
