@@ -284,16 +284,17 @@ def main(args):
     for step in range(start, args.steps + 1):
         last = step == args.steps or any_rank(interrupt.asked)
         saves = step > start and (step % args.save_every == 0 or last)
+        evaluates = step > start and (step % args.eval_every == 0 or step == args.steps)
         if args.dry_run and step > start:
             return meter.line(step, lr)
-        if step > start and (step % args.log_every == 0 or saves):
+        if step > start and step % args.log_every == 0 or saves or evaluates:
             log.write(**meter.line(step, lr))
-        if step > start and (step % args.eval_every == 0 or step == args.steps) and args.rank == 0:
+        if evaluates and args.rank == 0:
             evaluation = evaluate(parts["ema"], held_out[0][:, 0], held_out[1], args)
             print_evaluation(evaluation)
             log.write(step=step, **evaluation)
             save_samples(args.out / "samples.png", parts["ema"], tokenizer, train.class_names, args.sample_cfg)
-            meter.start = time.perf_counter()
+            meter.reset()
         if saves:
             save_run(path, "gpt", parts, step, args, **carried)
         if last:

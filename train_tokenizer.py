@@ -1360,15 +1360,16 @@ def main(args):
     for step in range(start, args.steps + 1):
         last = step == args.steps or any_rank(interrupt.asked)
         saves = step > start and (step % args.save_every == 0 or last)
+        evaluates = step > start and (step % args.eval_every == 0 or step == args.steps)
         if args.dry_run and step > start:
             return meter.line(step, lr)
-        if step > start and (step % args.log_every == 0 or saves):
+        if step > start and step % args.log_every == 0 or saves or evaluates:
             log.write(**meter.line(step, lr))
-        if step > start and (step % args.eval_every == 0 or step == args.steps) and args.rank == 0:
+        if evaluates and args.rank == 0:
             evaluation = evaluate(parts["ema"], val, args)
             print_evaluation(evaluation, model.edges.tolist())
             log.write(step=step, **evaluation)
-            meter.start = time.perf_counter()
+            meter.reset()
         if saves:
             save_run(path, "tokenizer", parts, step, args)
         if last:
