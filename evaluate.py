@@ -27,7 +27,7 @@ from PIL import Image
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from tqdm import tqdm
 
-from sample import add_sampling_flags, check_sampling_flags, load_models, sample_seeds, sampling
+from sample import add_sampling_flags, balanced_labels, check_sampling_flags, draw, load_models, sampling
 from spectralar import UNREADABLE, UserError, fingerprint, load_tokenizer, read_checkpoint, save_checkpoint
 from train_tokenizer import (CIFAR, all_sum, base_parser, batch_indices, codebook_use, download, finish_args,
                              first_rank_first, gather, images_below, load_lpips, open_data, pick, psnr, run,
@@ -547,14 +547,11 @@ def generation(args):
     args.image_size, C = tokenizer.config.image_size, len(names)
     train, _ = open_data(args)
     network = load_network(args)
-    labels = torch.arange(args.num) % C                                         # balanced, then shuffled
-    labels = labels[torch.randperm(args.num, generator=torch.Generator().manual_seed(args.seed))]
+    labels = balanced_labels(args.num, range(C), args.seed)
 
-    def draw(start, stop):
-        codes = gpt.generate(labels[start:stop].to(args.device), **sampling(args),
-                             seeds=sample_seeds(args.seed, start, stop))
-        return to_uint8(tokenizer.decode(codes))
-    samples = extract("sampling", args.num, draw, network, args)
+    def read(start, stop):
+        return draw(gpt, tokenizer, labels[start:stop], start, args)[:, 0]
+    samples = extract("sampling", args.num, read, network, args)
     if args.reference:
         reference = measure_path(args.reference, network, args)
     else:

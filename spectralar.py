@@ -489,7 +489,7 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def generate(self, labels, cfg=1.0, cfg_schedule="constant", temperature=1.0, top_k=0, top_p=1.0, prefix=None,
-                 seeds=None, cache=True):
+                 seeds=None, cache=True, stop=None):
         """Sample codes (B, N) for labels (B,).
 
         cfg            guidance: logits = u + s (c - u); 1 = none, 0 = unconditional
@@ -498,40 +498,41 @@ class GPT(nn.Module):
         prefix         (B, k) codes to keep; the other N - k are sampled
         seeds          (B,) one random stream for each image, whatever the batch it is in; None = new ones
         cache          keep keys and values of earlier tokens; False recomputes the prefix at every token (the oracle)
+        stop           sample only so many tokens; the codes after them are 0
         """
         c, B, device = self.config, len(labels), labels.device
-        prefix = labels.new_empty(B, 0) if prefix is None else prefix
         seeds = torch.randint(2 ** 62, (B,)) if seeds is None else torch.as_tensor(seeds)
         uniform = uniforms(seeds, c.num_tokens).to(device)                      # (B, N)
+        codes = labels.new_zeros(B, c.num_tokens)
+        first = 0 if prefix is None else prefix.shape[1]
+        if first:
+            codes[:, :first] = prefix
         guided = cfg != 1
         if guided:                                                              # conditional and unconditional halves
-            labels = torch.cat([labels, torch.full_like(labels, c.num_classes)])
-        rows = len(labels)
+            labels, codes = torch.cat([labels, torch.full_like(labels, c.num_classes)]), codes.repeat(2, 1)
         modulations = self.modulations(labels)
-        shape = (c.depth, 2, rows, c.heads, c.num_tokens, c.width // c.heads)
-        caches = modulations[0][0].new_zeros(shape) if cache else None
-        codes, first = prefix, prefix.shape[1]
-        for t in range(first, c.num_tokens):
-            seen = codes.repeat(rows // B, 1)                                   # (rows, t)
+        shape = (c.depth, 2, len(labels), c.heads, c.num_tokens, c.width // c.heads)
+        caches = modulations[0][0].new_empty(shape) if cache else None
+        for t in range(first, c.num_tokens if stop is None else stop):
             if cache and t > first:                                             # all but the last are in the cache
-                x, start = self.code_embed(seen[:, -1:]) + self.pos[t], t       # (rows, 1, D)
+                x, start = self.code_embed(codes[:, t - 1:t]) + self.pos[t], t  # (rows, 1, D)
             else:
-                x, start = self.embed(seen, labels), 0                          # (rows, t+1, D)
+                x, start = self.embed(codes[:, :t], labels), 0                  # (rows, t+1, D)
             logits = self.logits(x, modulations, caches, start)[:, -1].float()  # (rows, K)
             if guided:
                 conditional, unconditional = logits.chunk(2)
                 s = guidance_scale(cfg, cfg_schedule, t, c.num_tokens)
                 logits = unconditional + s * (conditional - unconditional)
             code = sample(logits, uniform[:, t], temperature, top_k, top_p)     # (B,)
-            codes = torch.cat([codes, code[:, None]], 1)
-        return codes
+            codes[:, t] = code.repeat(1 + guided)
+        return codes[:B]
 
 
 def guidance_scale(cfg, schedule, t, num_tokens):
     """s at token t = 0 .. N-1, with r = t / (N-1) running from 0 to 1:
 
     constant       s = cfg
-    linear         s = 1 + (cfg - 1) r                                    (VAR)
+    linear         s = 1 + (cfg - 1) r                                    (VAR; its 1.5 is 2.5 here)
     power-cosine   s = 1 + (cfg - 1) (1 - cos(pi r^2.75)) / 2             (RAR, its exponent for RAR-B)
     """
     r = t / max(num_tokens - 1, 1)

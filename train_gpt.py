@@ -47,7 +47,7 @@ def code_records(views, N):
 
 def make_blank(path, count, record):
     """A .npy of images still to do, written out in full, so that a disk too small is met here."""
-    blank = np.zeros(min(count, 2 ** 16), record)
+    blank = np.zeros(min(count, 1 + 2 ** 24 // record.itemsize), record)
     blank["label"] = UNSEEN
     try:
         with open(f"{path}.new", "wb") as file:
@@ -59,11 +59,11 @@ def make_blank(path, count, record):
     except OSError as e:
         Path(f"{path}.new").unlink(missing_ok=True)
         raise FailedRun(f"cannot write {path}, {count * record.itemsize / 1e6:,.0f} MB ({e.strerror}): free disk "
-                        f"space, or take fewer --views") from None
+                        f"space") from None
 
 
-def open_codes(path, count, record, mode):
-    """The memory-mapped records of a file of codes."""
+def open_records(path, count, record, mode):
+    """The memory-mapped records of a .npy file."""
     try:
         file = np.load(path, mmap_mode=mode)
         if file.dtype == record and file.shape == (count,):
@@ -71,7 +71,37 @@ def open_codes(path, count, record, mode):
         reason = f"{file.shape} records of {file.dtype}, not {count} of {record}"
     except (OSError, ValueError, EOFError) as e:
         reason = str(e)
-    raise UserError(f"{path} is not the file of codes it should be ({reason}): --overwrite encodes again")
+    raise UserError(f"{path} is not the file it should be ({reason}): --overwrite makes it anew")
+
+
+def unseen(file, size, args):
+    """This rank's batches of rows, as ranges, that are not all in the file yet: a label is written last."""
+    batches = [range(start, min(start + size, len(file))) for start in range(0, len(file), size)]
+    return [rows for rows in batches[args.rank::args.ranks] if (file["label"][rows.start:rows.stop] == UNSEEN).any()]
+
+
+def agree(path, settings, files, args):
+    """Note beside files what they are made with; UserError when the note there tells of something else."""
+    if args.rank == 0:
+        if args.overwrite:
+            for f in (path, *files, *(Path(f"{f}.part") for f in files)):
+                f.unlink(missing_ok=True)
+        try:
+            found = json.loads(path.read_text()) if path.exists() else settings
+        except ValueError as e:
+            found = {"file that cannot be read": str(e)}
+        for k, v in settings.items():
+            if found.get(k) != v:
+                raise UserError(f"{path} tells of {k} {found.get(k)}, this run has {k} {v}: --overwrite starts anew, "
+                                f"another name or --out keeps both")
+        write_note(path, settings)
+    barrier()
+
+
+def write_note(path, settings):
+    """JSON, whole or not at all."""
+    Path(f"{path}.tmp").write_text(json.dumps(settings))
+    os.replace(f"{path}.tmp", path)
 
 
 @torch.no_grad()
@@ -86,9 +116,8 @@ def encode_split(path, tokenizer, data, count, views, args):
         if args.rank == 0 and not part.exists():
             make_blank(part, count, record)
         barrier()
-        file = open_codes(part, count, record, "r+")
-        todo = [rows for rows in torch.arange(count).split(64)[args.rank::args.ranks]
-                if (file["label"][rows[0]:rows[-1] + 1] == UNSEEN).any()]
+        file = open_records(part, count, record, "r+")
+        todo = unseen(file, 64, args)
 
         def read(rows):
             return [data.batch(picked[rows], crop and torch.tensor(crop).expand(len(rows), 3)) for crop in crops]
@@ -99,7 +128,7 @@ def encode_split(path, tokenizer, data, count, views, args):
                 images = to_float(images.to(args.device))
                 with autocast(args):
                     codes += [tokenizer.encode(x).cpu() for x in (images, images.flip(-1))[:sides]]
-            here = slice(rows[0], rows[-1] + 1)
+            here = slice(rows.start, rows.stop)
             file["codes"][here] = torch.stack(codes, 1)
             file["label"][here] = labels                                # last: until then the batch is still to do
         file.flush()
@@ -107,32 +136,18 @@ def encode_split(path, tokenizer, data, count, views, args):
         if args.rank == 0:
             os.replace(part, path)
         barrier()
-    return open_codes(path, count, record, "r")
+    return open_records(path, count, record, "r")
 
 
 def cached_codes(tokenizer, train, val, args):
     """(train, val) records of codes, those on disk when they are of this tokenizer and these images."""
     if args.views == "ten-crop" and not isinstance(train, Folder):
         raise UserError(f"--views ten-crop crops image files, {args.data} has none: take flip")
-    files, tag_file = [args.out / f"codes-{split}.npy" for split in ("train", "val")], args.out / "codes.json"
+    files = [args.out / f"codes-{split}.npy" for split in ("train", "val")]
     counts = min(args.code_images or len(train), len(train)), min(args.eval_images, len(val))
     tag = dict(tokenizer=code_fingerprint(tokenizer), data=args.data, images=counts[0], held_out=counts[1],
                views=args.views, dtype=args.dtype)
-    if args.rank == 0:
-        if args.overwrite:
-            for f in (tag_file, *files, *(Path(f"{f}.part") for f in files)):
-                f.unlink(missing_ok=True)
-        try:
-            found = json.loads(tag_file.read_text()) if tag_file.exists() else tag
-        except ValueError as e:
-            found = {"file that cannot be read": str(e)}
-        for k, v in tag.items():
-            if found.get(k) != v:
-                raise UserError(f"{tag_file} tells of codes with {k} {found.get(k)}, this run has {k} {v}: "
-                                f"--overwrite encodes again, --out takes another folder")
-        Path(f"{tag_file}.tmp").write_text(json.dumps(tag))
-        os.replace(f"{tag_file}.tmp", tag_file)
-    barrier()
+    agree(args.out / "codes.json", tag, files, args)
     return [encode_split(files[0], tokenizer, train, counts[0], args.views, args),
             encode_split(files[1], tokenizer, val, counts[1], "centre", args)]
 

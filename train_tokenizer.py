@@ -651,7 +651,7 @@ def finish_args(parser, args):
         value = getattr(args, flag, None)
         if value is not None and value < 1:
             parser.error(f"--{flag.replace('_', '-')} is {value}: it must be at least 1")
-    if getattr(args, "keep", 0) < 0:
+    if (getattr(args, "keep", None) or 0) < 0:
         parser.error(f"--keep is {args.keep}: it must be at least 0")
     if args.device.startswith("cuda") and "LOCAL_RANK" in os.environ:       # torchrun: each process has its own GPU
         args.device = f"cuda:{os.environ['LOCAL_RANK']}"
@@ -681,8 +681,14 @@ def run(main, args):
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
         code = 2
-    except (FailedRun, torch.OutOfMemoryError) as e:
-        print(f"failed: {str(e).splitlines()[0]}", file=sys.stderr)
+    except RuntimeError as e:
+        line = str(e).splitlines()[0]
+        if isinstance(e, torch.OutOfMemoryError) or "can't allocate memory" in line:
+            flag = next(f for f in ("micro_batch", "batch_size") if hasattr(args, f))
+            line = f"out of memory with --{flag.replace('_', '-')} {getattr(args, flag)}: take a smaller one ({line})"
+        elif not isinstance(e, FailedRun):
+            raise
+        print(f"failed: {line}", file=sys.stderr)
         code = 1
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -1083,8 +1089,8 @@ def print_plan(args, model, flops, kept, fixed, images):
 # ------------------------------------------------------------------------------------------------------------------
 # pictures
 
-def save_grid(path, rows, names=None, columns=None, scale=None):
-    """PNG of rows of images: a list of uint8 (n, 3, S, S), names left of them, column titles above."""
+def grid(rows, names=None, columns=None, scale=None):
+    """Pillow image of rows of images: a list of uint8 (n, 3, S, S), names left of them, column titles above."""
     S = rows[0].shape[-1]
     scale = scale or max(1, 64 // S)
     gap, cell, font = 2, S * scale, ImageFont.load_default(size=12)
@@ -1102,7 +1108,12 @@ def save_grid(path, rows, names=None, columns=None, scale=None):
         for i, image in enumerate(row):
             tile = Image.fromarray(image.permute(1, 2, 0).cpu().numpy()).resize((cell, cell), Image.NEAREST)
             picture.paste(tile, (margin + i * (cell + gap), y))
-    picture.save(f"{path}.tmp", format="PNG")
+    return picture
+
+
+def save_grid(path, *what):
+    """PNG of a grid."""
+    grid(*what).save(f"{path}.tmp", format="PNG")
     os.replace(f"{path}.tmp", path)
 
 
