@@ -7,8 +7,9 @@
   python sample.py --upscale photo.jpg --keep 4      # upscale.png: its first 4 tokens, the others imagined
   torchrun --nproc-per-node 8 -- sample.py --npz samples.npz --num 50000       # for evaluate.py compare
 
-Image i of a seed has random numbers of its own: on a CPU its bytes are the same whatever --batch-size, threads or
-processes. An .npz that was stopped goes on where it was, when the same command is given again.
+Image i of a seed has random numbers of its own: on an Intel CPU its bytes are the same whatever --batch-size, threads
+or processes; elsewhere rounding may move a pixel by one level. An .npz that was stopped goes on where it was, when the
+same command is given again.
 """
 import argparse
 import difflib
@@ -72,7 +73,7 @@ def check_sampling_flags(parser, args):
 
 def load_models(args):
     """(GPT, SpectralTokenizer, class names) to sample with."""
-    os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")    # Intel's MKL: the same rounding for any batch and threads
+    os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")    # of Intel's MKL, on its first use: all shapes round alike
     gpt, tokenizer, names = load_generator(args.out / "gpt.pt", args.device)
     if args.tokenizer:
         other, own = load_tokenizer(args.tokenizer, args.device), code_fingerprint(tokenizer)
@@ -171,10 +172,12 @@ def save_gif(path, frames):
 
 
 def sample_all(gpt, tokenizer, labels, args, levels, prefix=None):
-    """draw() for many labels (n,), --batch-size at a time."""
-    parts = tqdm(torch.arange(len(labels)).split(args.batch_size), desc="sampling", disable=None)
-    return torch.cat([draw(gpt, tokenizer, labels[i], i[0], args, levels, None if prefix is None else prefix.expand(len(i), -1))
-                      for i in parts])
+    """draw() for many labels (n,), --batch-size at a time. prefix (1, k): of all."""
+    images = []
+    for i in tqdm(torch.arange(len(labels)).split(args.batch_size), desc="sampling", disable=None):
+        kept = None if prefix is None else prefix.expand(len(i), -1)
+        images.append(draw(gpt, tokenizer, labels[i], i[0], args, levels, kept))
+    return torch.cat(images)
 
 
 def draw_pictures(gpt, tokenizer, classes, names, args):
@@ -214,7 +217,7 @@ def load_image(path, size):
 def upscale(gpt, tokenizer, classes, names, args):
     """upscale.png: the image, what its first k tokens hold, and variations of the others, a row a class (or none)."""
     N = args.tokens
-    k = check_tokens("--keep", args.keep or max(1, N // 4), N)
+    k = check_tokens("--keep", max(1, N // 4) if args.keep is None else args.keep, N)
     image = load_image(args.upscale, tokenizer.config.image_size)
     codes = tokenizer.encode(to_float(image).to(args.device))               # (1, N)
     preview = to_uint8(tokenizer.decode(codes, k)).cpu()
@@ -239,9 +242,9 @@ def upscale(gpt, tokenizer, classes, names, args):
 # many images for evaluation
 
 def write_npz(gpt, tokenizer, classes, args):
-    """arr_0 uint8 (n, S, S, 3) and arr_1 labels, as ADM's; all ranks draw into FILE.part, which a later run goes on with.
+    """arr_0 uint8 (n, S, S, 3) and arr_1 labels (n,), as ADM's; beside it FILE.json tells how they were drawn.
 
-    FILE.json tells how they were drawn.
+    All ranks draw into FILE.part, which a later run goes on with.
     """
     path, part, S = args.npz, Path(f"{args.npz}.part"), tokenizer.config.image_size
     if path.exists() and not args.overwrite:

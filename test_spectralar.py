@@ -431,6 +431,59 @@ def test_generate_with_top_k_one_is_greedy():
     assert torch.equal(model.generate(labels, temperature=0), codes)
 
 
+def test_generate_stops_early_with_the_same_codes():
+    model, labels, seeds, prefix = tiny_gpt(), torch.arange(8), torch.arange(8), some_codes(8)[:, :2]
+    for kept in (None, prefix):
+        whole = model.generate(labels, cfg=2, seeds=seeds, prefix=kept)
+        for stop in range(1, N + 1):
+            codes = model.generate(labels, cfg=2, seeds=seeds, prefix=kept, stop=stop)
+            stop = max(stop, 0 if kept is None else 2)                  # what is given is never cut
+            assert torch.equal(codes[:, :stop], whole[:, :stop]) and (codes[:, stop:] == 0).all()
+
+
+def step_probabilities(logits, temperature=1.0, top_k=0, top_p=1.0):
+    """The distribution that one token is drawn from, code by code from its definition."""
+    order, joint, kept = logits.argsort(descending=True).tolist(), 0.0, {}
+    p = (logits.double() / temperature).softmax(-1)
+    likeliest = order[:top_k or None]
+    for code in likeliest:
+        if joint / p[likeliest].sum() < top_p:
+            kept[code], joint = p[code].item(), joint + p[code].item()
+    return {code: x / joint for code, x in kept.items()}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("how", [dict(), dict(temperature=0.7), dict(top_k=3), dict(temperature=2.0, top_p=0.8),
+                                 dict(temperature=1.5, top_k=4, top_p=0.9, cfg=2.0, cfg_schedule="linear")])
+def test_sampled_sequences_are_distributed_as_the_model_says(how):
+    """Chi-square of 20,000 sequences against the exact probability of each of the 125 there are."""
+    torch.manual_seed(0)
+    model, K, T, n = randomized(GPT(GPTConfig(1, 3, 5, 32, 2, 4))), 5, 3, 20_000
+    filters = {k: v for k, v in how.items() if not k.startswith("cfg")}
+    exact = {(): 1.0}
+    for t in range(T):
+        longer = {}
+        for codes, probability in exact.items():
+            sequence = torch.tensor([[*codes, *[0] * (T - t)]])
+            c, u = (model(sequence, torch.tensor([label]))[0, t] for label in (0, 1))
+            s = 1 + (how.get("cfg", 1) - 1) * t / (T - 1)
+            for code, p in step_probabilities(u + s * (c - u), **filters).items():
+                longer[*codes, code] = probability * p
+        exact = longer
+    codes = model.generate(torch.zeros(n, dtype=torch.long), seeds=torch.arange(n), **how)
+    counts = torch.bincount((codes * torch.tensor([25, 5, 1])).sum(1), minlength=125).double()
+    expected = torch.zeros(125, dtype=torch.float64)
+    for (a, b, c), p in exact.items():
+        expected[25 * a + 5 * b + c] = n * p
+    assert expected.sum() == pytest.approx(n) and (counts[expected == 0] == 0).all()
+    rare = (expected < 5) & (expected > 0)                              # chi-square wants 5 a bin: the rare share one
+    observed, expected = (torch.cat([x[expected >= 5], x[rare].sum()[None]]) for x in (counts, expected))
+    observed, expected = observed[expected > 0], expected[expected > 0]
+    chi2 = ((observed - expected) ** 2 / expected).sum()
+    degrees = torch.tensor((len(expected) - 1) / 2, dtype=torch.float64)
+    assert len(expected) > 9 and torch.special.gammaincc(degrees, chi2 / 2) > 1e-3
+
+
 def frequencies(logits, **how):
     """Share of each code over an even grid of random numbers."""
     grid = (torch.arange(20_000).double() + 0.5) / 20_000
@@ -1061,12 +1114,161 @@ def test_sample_draws_what_it_is_asked_for_from_gpt_pt_alone(trained, tmp_path):
         assert height == head + rows * cell and 0 < width - columns * cell < 100        # beside the class names
 
 
-def test_sample_is_the_same_for_any_batch_size(a_copy):
+def test_sample_is_another_for_another_seed(a_copy):
     pictures = []
     for flags in ("--batch-size 64", "--batch-size 3", "--batch-size 3 --seed 2"):
         call(sample_script, a_copy, f"--num 7 {flags}")
         pictures.append(np.array(Image.open(a_copy / "samples.png")).astype(int))
     assert abs(pictures[0] - pictures[1]).max() <= 1 and abs(pictures[0] - pictures[2]).max() > 10
+
+
+def cells(picture, head=20):
+    """Pictures of a grid of 16 px images, four times enlarged: (rows, columns, 16, 16, 3)."""
+    picture = np.array(picture.convert("RGB")).astype(int)
+    left = picture.shape[1] % 66 if picture.shape[1] % 66 > 2 else 2
+    rows = [picture[y:y + 64:4, left:] for y in range(head, picture.shape[0], 66)]
+    return np.array([[row[:, x:x + 64:4] for x in range(0, row.shape[1], 66)] for row in rows])
+
+
+@torch.no_grad()
+def test_progressive_pictures_show_the_tokens_one_by_one(trained, tmp_path):
+    shutil.copy(trained / "gpt.pt", tmp_path)
+    gpt, tokenizer, _ = load_generator(tmp_path / "gpt.pt")
+    labels = torch.tensor([3, 7])
+    codes = gpt.generate(labels, cfg=2, seeds=sample_script.sample_seeds(1, 0, 2))
+    for stop in (N, 3):
+        call(sample_script, tmp_path, f"--progressive --gif --classes star heart --tokens {stop}")
+        levels = train_tokenizer.spread_levels(stop)
+        expected = [train_tokenizer.to_uint8(tokenizer.decode(codes, k)).permute(0, 2, 3, 1) for k in levels]
+        strip = cells(Image.open(tmp_path / "progressive.png"))
+        assert strip.shape[:2] == (2, len(levels)) and abs(strip - torch.stack(expected, 1).numpy()).max() <= 1
+        with Image.open(tmp_path / "progressive.gif") as gif:
+            shown = 0
+            for i in range(gif.n_frames):                               # equal frames are one, shown for longer
+                gif.seek(i)
+                shown += gif.info["duration"]
+            assert shown == 100 * (stop - 1) + 2000 and gif.info["loop"] == 0 and 1 < gif.n_frames <= stop
+            assert abs(cells(gif)[:, 0] - strip[:, -1]).mean() < 8      # a GIF has 256 colours
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("keep", [2, N])
+def test_upscale_keeps_the_first_tokens_and_samples_the_others(keep, trained, tmp_path):
+    shutil.copy(trained / "gpt.pt", tmp_path)
+    gpt, tokenizer, _ = load_generator(tmp_path / "gpt.pt")
+    original = Shapes("val", 16).batch([3])[0]
+    Image.fromarray(original[0].permute(1, 2, 0).numpy()).save(tmp_path / "image.png")
+    codes = tokenizer.encode(to_float(original))
+    for flags, label, seed in (("", 10, 1), ("--classes star --seed 4", 3, 4)):
+        call(sample_script, tmp_path, f"--upscale {tmp_path / 'image.png'} --keep {keep} {flags}")
+        row = cells(Image.open(tmp_path / "upscale.png"))[0]
+        n = len(row) - 2
+        assert n == (8 if keep < N else 1) and np.array_equal(row[0], original[0].permute(1, 2, 0))
+        sampled = gpt.generate(torch.full((n,), label), cfg=2, prefix=codes[:, :keep].expand(n, -1),
+                               seeds=sample_script.sample_seeds(seed, 0, n))
+        expected = torch.cat([tokenizer.decode(codes, keep), tokenizer.decode(sampled)])
+        assert abs(row[1:] - train_tokenizer.to_uint8(expected).permute(0, 2, 3, 1).numpy()).max() <= 1
+        assert (sampled[:, :keep] == codes[:, :keep]).all() and len(sampled.unique(dim=0)) == n
+
+
+def npz_run(out, name, flags="", **how):
+    return start(sample_script, out, f"--npz {out / name} --num 32 --overwrite {flags}", **how)
+
+
+def test_npz_is_the_same_for_any_batch_processes_and_interruption(a_copy):
+    """Byte for byte: kernels that round otherwise for other shapes, threads or shares of the work would show."""
+    for name, flags, ranks in (("32.npz", "--batch-size 32", 1), ("5.npz", "--batch-size 5", 1),
+                               ("ranks.npz", "--batch-size 5", 2)):
+        finish(npz_run(a_copy, name, flags, ranks=ranks))
+    command = f"--npz {a_copy / 'killed.npz'} --num 32 --batch-size 2"
+    process, part = start(sample_script, a_copy, command), a_copy / "killed.npz.part"
+    done = lambda: (np.load(part, mmap_mode="r")["label"] < 10).sum() if part.exists() else 0
+    wait_for(lambda: done() >= 8, process)
+    process.kill()
+    process.communicate()
+    half = np.load(part)
+    assert 8 <= done() < 32 and not (a_copy / "killed.npz").exists()
+    finish(start(sample_script, a_copy, command))
+    whole = (a_copy / "32.npz").read_bytes()
+    for name in ("5", "ranks", "killed"):
+        assert (a_copy / f"{name}.npz").read_bytes() == whole, name
+    kept = half["label"] < 10
+    assert np.array_equal(half["image"][kept], np.load(a_copy / "32.npz")["arr_0"][kept]) and not part.exists()
+
+
+@pytest.mark.skipif("GenuineIntel" not in Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else True,
+                    reason="MKL rounds alike for all shapes on Intel's CPUs only")
+def test_matrix_products_round_alike_for_any_batch_and_threads(trained):
+    """Without MKL's strict mode a code flips once in some 100,000: rare enough for a test of images to miss."""
+    code = f"""
+import torch, torch.nn.functional as F, sample
+sample.load_models(sample.parse_args(["--device", "cpu", "--out", {str(trained)!r}]))
+x, w = torch.randn(40, 1024), torch.randn(512, 1024)
+torch.set_num_threads(2)
+whole = F.linear(x, w)
+for threads in (1, 2):
+    torch.set_num_threads(threads)
+    assert all(torch.equal(F.linear(x[i:i + n], w), whole[i:i + n]) for i in (0, 3) for n in (1, 2, 5, 16, 37))"""
+    environment = {k: v for k, v in os.environ.items() if k != "MKL_CBWR"}
+    subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, env=environment, check=True)
+
+
+@torch.no_grad()
+def test_npz_is_as_adm_lays_it_out(a_copy, capsys):
+    path = a_copy / "samples.npz"
+    call(sample_script, a_copy, f"--npz {path} --num 33 --classes ring 2 star --cfg 1.5")
+    gpt, tokenizer, _ = load_generator(a_copy / "gpt.pt")
+    with np.load(path) as file:
+        images, labels = file["arr_0"], torch.from_numpy(file["arr_1"])
+    assert images.dtype == np.uint8 and images.shape == (33, 16, 16, 3) and labels.dtype == torch.int64
+    assert torch.bincount(labels).tolist() == [0, 0, 11, 11, 0, 11] and (labels.diff() < 0).any()
+    codes = gpt.generate(labels, cfg=1.5, seeds=sample_script.sample_seeds(1, 0, 33))
+    assert abs(images - train_tokenizer.to_uint8(tokenizer.decode(codes)).permute(0, 2, 3, 1).int().numpy()).max() <= 1
+    note = json.loads((a_copy / "samples.npz.json").read_text())
+    assert note["cfg"] == 1.5 and note["classes"] == [5, 2, 3] and note["gpt"] == fingerprint(gpt) and note["seed"] == 1
+    assert evaluate.read_npz(path)[0] == 33
+    line = error_of(capsys, sample_script, a_copy, f"--npz {path} --num 33")
+    assert "samples.npz exists: --overwrite replaces it" in line
+    path.rename(a_copy / "samples.npz.part")                            # as if stopped
+    line = error_of(capsys, sample_script, a_copy, f"--npz {path} --num 33 --classes ring 2 star --cfg 3")
+    assert "tells of cfg 1.5, this run has cfg 3.0" in line
+
+
+def test_classes_are_found_by_number_name_wnid_or_part():
+    names = ["tench, Tinca tinca (n01440764)", "tabby, tabby cat (n02123045)", "tiger cat (n02123159)", "dog, crane",
+             "crane", "catamaran (n02981792)"]
+    for word, found in (("0", 0), ("tinca TINCA", 0), ("n02123045", 1), ("02123159", None), ("tiger", 2), ("tama", 5),
+                        ("tabby", 1), ("n0298", 5)):
+        if found is not None:
+            assert sample_script.find_class(word, names) == found
+    for word, told in (("crane", "'crane' fits 2 classes (3 dog, crane; 4 crane)"), ("cat", "fits 3 classes"),
+                       ("tenhc", "no class is named 'tenhc'; nearest: 0 tench, Tinca tinca (n01440764)"),
+                       ("zzzz", "nearest: none: --list-classes shows all 6"), ("6", "class 6 is outside 0 .. 5")):
+        with pytest.raises(UserError, match=re.escape(told)):
+            sample_script.find_class(word, names)
+
+
+def test_classes_are_listed(trained, capsys):
+    call(sample_script, trained, "--list-classes")
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split() for line in lines] == [[str(c), name] for c, name in enumerate(SHAPES)]
+
+
+def test_guidance_curves_are_in_the_help(capsys):
+    with pytest.raises(SystemExit):
+        sample_script.parse_args(["-h"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "linear 1.00 1.25 1.50 1.75 2.00; power-cosine 1.00 1.00 1.05 1.43 2.00" in text
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), RuntimeError(
+    "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 4096 bytes")])
+def test_lack_of_memory_names_the_remedy(error, trained, capsys, monkeypatch):
+    def generate(*args, **how):
+        raise error
+    monkeypatch.setattr(GPT, "generate", generate)
+    line = error_of(capsys, sample_script, trained, "--batch-size 20", code=1)
+    assert "out of memory with --batch-size 20: take a smaller one" in line and "allocate" in line
 
 
 @TRAINING
@@ -1294,8 +1496,8 @@ def test_dropped_labels_train_the_row_without_a_class(drop, untouched, a_copy):
     (train_tokenizer, "--out {tmp}/classes/full/000.png", "000.png"),
     (train_gpt, "", "tokenizer.pt does not exist"),
     (train_gpt, "--out {tmp}/broken-tokenizer.pt", "tokenizer.pt is not a whole checkpoint"),
-    (train_gpt, "--out {tmp}/broken-codes-train.npy", "codes-train.npy is not the file of codes"),
-    (train_gpt, "--out {tmp}/broken-codes.json", "codes.json tells of codes with tokenizer None"),
+    (train_gpt, "--out {tmp}/broken-codes-train.npy", "codes-train.npy is not the file it should be"),
+    (train_gpt, "--out {tmp}/broken-codes.json", "codes.json tells of tokenizer None"),
     (train_gpt, "--out {trained} --overwrite --views ten-crop", "crops image files, shapes has none"),
     (train_tokenizer, "--data imagenet --data-dir {tmp}/classes", "classes has no train folder"),
     (train_tokenizer, "--batch-size 7 --micro-batch 2", "7 images of --batch-size 7, no multiple of --micro-batch 2"),
@@ -1309,6 +1511,16 @@ def test_dropped_labels_train_the_row_without_a_class(drop, untouched, a_copy):
     (sample_script, "--out {tmp}/broken-gpt.pt", "gpt.pt is not a whole checkpoint"),
     (sample_script, "--out {trained} --classes 10", "class 10 is outside 0 .. 9, the model's 10 classes"),
     (sample_script, "--out {trained} --classes 3 -1", "class -1 is outside 0 .. 9"),
+    (sample_script, "--out {trained} --classes rings", "no class is named 'rings'; nearest: 5 ring; 2 triangle: "),
+    (sample_script, "--out {trained} --classes star cr", "'cr' fits 2 classes (4 cross; 6 crescent)"),
+    (sample_script, "--out {trained} --tokens 7", "--tokens is 7, and there are 1 .. 6 tokens"),
+    (sample_script, "--out {trained} --upscale {tmp}/classes/full/000.png --keep 7", "--keep is 7"),
+    (sample_script, "--out {trained} --upscale {tmp}/classes/full/000.png --keep 0", "--keep is 0"),
+    (sample_script, "--out {trained} --upscale {tmp}/other.pt", "other.pt as an image"),
+    (sample_script, "--out {trained} --upscale {tmp}/absent.png", "absent.png"),
+    (sample_script, "--out {trained} --keep 3", "--keep is of --upscale"),
+    (sample_script, "--out {trained} --progressive --npz {tmp}/a.npz", "not allowed with"),
+    (sample_script, "--out {trained} --npz {tmp}/absent/a.npz", "absent is not a folder"),
     (sample_script, "--out {trained} --top-p 0", "--top-p is 0")])
 def test_bad_input_is_told_in_one_line(script, flags, message, trained, tmp_path, capsys):
     write_images(tmp_path / "classes" / "full", 1), (tmp_path / "classes" / "empty").mkdir()
