@@ -137,7 +137,7 @@ def decoder_mask(P, N, levels, flat=False):
 
 def attention(q, k, v, mask=None):
     """softmax(q k^T / sqrt(d)) v for q (B, H, T, d) and k, v (B, H, T', d); mask bool, or the same as 0 and -inf."""
-    if q.is_cuda:
+    if q.is_cuda or not torch.is_grad_enabled():
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     # NOTE on CPU scaled_dot_product_attention has a slow backward: these lines are 4 times faster in bf16 at T = 160
     scores = (q * q.shape[-1] ** -0.5) @ k.mT                                   # (B, H, T, T')
