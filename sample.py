@@ -275,8 +275,8 @@ def write_npz(gpt, tokenizer, classes, args):
             with open(f"{path}.tmp", "wb") as out:
                 np.savez(out, arr_0=file["image"], arr_1=labels.numpy())
         except OSError as e:
-            raise FailedRun(f"cannot write {path} ({e.strerror}), {part} is complete: free disk space and run "
-                            f"again") from None
+            Path(f"{path}.tmp").unlink(missing_ok=True)
+            raise FailedRun(f"cannot write {path} ({e.strerror}), {part} is complete: free space, run again") from None
         os.replace(f"{path}.tmp", path)
         part.unlink()
         seconds = time.perf_counter() - start

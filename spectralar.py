@@ -171,8 +171,7 @@ class Attention(nn.Module):
         q, k, v = qkv.permute(2, 0, 3, 1, 4)                                    # each (B, H, T, D/H)
         q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
         if cache is not None:
-            cache[0, :, :, start:start + T] = k
-            cache[1, :, :, start:start + T] = v
+            cache[:, :, :, start:start + T] = torch.stack([k, v])
             k, v = cache[:, :, :, :start + T]                                   # (B, H, start+T, D/H)
         x = attention(q, k, v, mask).transpose(1, 2).reshape(B, T, D)
         return self.proj(x)
@@ -511,8 +510,8 @@ class GPT(nn.Module):
         if guided:                                                              # conditional and unconditional halves
             labels, codes = torch.cat([labels, torch.full_like(labels, c.num_classes)]), codes.repeat(2, 1)
         modulations = self.modulations(labels)
-        shape = (c.depth, 2, len(labels), c.heads, c.num_tokens, c.width // c.heads)
-        caches = modulations[0][0].new_empty(shape) if cache else None
+        shape = (2, len(labels), c.heads, c.num_tokens, c.width // c.heads)
+        caches = [modulations[0][0].new_empty(shape) for _ in self.blocks] if cache else None
         for t in range(first, c.num_tokens if stop is None else stop):
             if cache and t > first:                                             # all but the last are in the cache
                 x, start = self.code_embed(codes[:, t - 1:t]) + self.pos[t], t  # (rows, 1, D)
