@@ -8,8 +8,8 @@
   torchrun --nproc-per-node 8 -- sample.py --npz samples.npz --num 50000       # for evaluate.py compare
 
 Image i of a seed has random numbers of its own: on an Intel CPU its bytes are the same whatever --batch-size, threads
-or processes; elsewhere rounding may move a pixel by one level. An .npz that was stopped goes on where it was, when the
-same command is given again.
+or processes; elsewhere rounding may move a pixel by one level, and once in a while a code. An .npz that was stopped
+goes on where it was, when the same command is given again.
 """
 import argparse
 import difflib
@@ -26,8 +26,8 @@ from tqdm import tqdm
 
 from spectralar import (FailedRun, UserError, code_fingerprint, fingerprint, guidance_scale, load_generator,
                         load_tokenizer)
-from train_gpt import agree, barrier, make_blank, open_records, unseen, write_note
-from train_tokenizer import (autocast, base_parser, center_crop, duration, finish_args, grid, run, save_grid,
+from train_gpt import agree, make_blank, open_records, unseen, write_note
+from train_tokenizer import (autocast, barrier, base_parser, center_crop, duration, finish_args, grid, run, save_grid,
                              share_work, spread_levels, to_float, to_uint8, upright_rgb, versions)
 
 SCHEDULES = "constant", "linear", "power-cosine"
@@ -96,8 +96,8 @@ def check_tokens(flag, tokens, most):
 
 def sampling(args):
     """How to sample, as arguments of GPT.generate."""
-    how = {k: getattr(args, k) for k in ("cfg", "cfg_schedule", "temperature", "top_k", "top_p")}
-    return how | dict(stop=args.tokens)
+    return dict(cfg=args.cfg, cfg_schedule=args.cfg_schedule, temperature=args.temperature, top_k=args.top_k,
+                top_p=args.top_p, stop=args.tokens)
 
 
 def sample_seeds(seed, start, stop):
@@ -105,10 +105,14 @@ def sample_seeds(seed, start, stop):
     return seed * 2 ** 32 + torch.arange(start, stop)
 
 
+def labels_in_turn(num, classes):
+    """(num,) long: image i has class i mod len(classes)."""
+    return torch.tensor(classes)[torch.arange(num) % len(classes)]
+
+
 def balanced_labels(num, classes, seed):
     """(num,) long: as many of each class as of every other, give or take one, in shuffled order."""
-    labels = torch.tensor(classes)[torch.arange(num) % len(classes)]
-    return labels[torch.randperm(num, generator=torch.Generator().manual_seed(seed))]
+    return labels_in_turn(num, classes)[torch.randperm(num, generator=torch.Generator().manual_seed(seed))]
 
 
 @torch.no_grad()
@@ -180,27 +184,30 @@ def sample_all(gpt, tokenizer, labels, args, levels, prefix=None):
     return torch.cat(images)
 
 
+def class_rows(images, classes):
+    """Images of labels_in_turn, a row a class."""
+    return [images[i::len(classes)] for i in range(min(len(images), len(classes)))]
+
+
 def draw_pictures(gpt, tokenizer, classes, names, args):
     """samples.png, a row a class, or progressive.png, a row an image; and the same as an animation."""
     N = args.tokens
     num = args.num or len(classes) * (1 if args.progressive else 8)
-    labels = torch.tensor(classes).repeat(-(-num // len(classes)))[:num]    # image i has class i mod len(classes)
+    labels = labels_in_turn(num, classes)
     levels = list(range(1, N + 1)) if args.gif else spread_levels(N) if args.progressive else [N]
     images = sample_all(gpt, tokenizer, labels, args, levels)               # (num, G, 3, S, S)
-    kept, row_names = min(num, len(classes)), [names[c] for c in classes]
-
-    def rows(g):
-        return [images[i::len(classes), g] for i in range(kept)]
+    row_names = [names[c] for c in classes][:num]
     path = args.out / ("progressive.png" if args.progressive else "samples.png")
     if args.progressive:
         shown = spread_levels(N)
         save_grid(path, images[:, [levels.index(k) for k in shown]], [names[c] for c in labels], list(map(str, shown)))
     else:
-        save_grid(path, rows(-1), row_names)
+        save_grid(path, class_rows(images[:, -1], classes), row_names)
     if args.gif:
-        save_gif(path.with_suffix(".gif"), [grid(rows(g), row_names, [f"{k}/{N}"]) for g, k in enumerate(levels)])
-    print(f"{num} images of {kept} classes after {N} tokens, cfg {args.cfg:g} ({args.cfg_schedule}), seed {args.seed}: "
-          f"{path}{' and .gif' if args.gif else ''}")
+        save_gif(path.with_suffix(".gif"), [grid(class_rows(images[:, g], classes), row_names, [f"{k}/{N}"])
+                                            for g, k in enumerate(levels)])
+    print(f"{num} images of {len(row_names)} classes after {N} tokens, cfg {args.cfg:g} ({args.cfg_schedule}), "
+          f"seed {args.seed}: {path}{' and .gif' if args.gif else ''}")
 
 
 def load_image(path, size):
@@ -223,13 +230,12 @@ def upscale(gpt, tokenizer, classes, names, args):
     preview = to_uint8(tokenizer.decode(codes, k)).cpu()
     classes = classes if args.classes else [gpt.config.num_classes]         # no class
     num = args.num or len(classes) * (8 if k < N else 1)
-    labels = torch.tensor(classes).repeat(-(-num // len(classes)))[:num]
     levels = list(range(k, N + 1)) if args.gif else [N]
-    images = sample_all(gpt, tokenizer, labels, args, levels, codes[:, :k])
+    images = sample_all(gpt, tokenizer, labels_in_turn(num, classes), args, levels, codes[:, :k])
     row_names = [names[c] for c in classes] if args.classes else None
 
     def picture(g):
-        rows = [torch.cat([image, preview, images[i::len(classes), g]]) for i in range(min(num, len(classes)))]
+        rows = [torch.cat([image, preview, variations]) for variations in class_rows(images[:, g], classes)]
         return rows, row_names, ["image", f"{k}/{N}", f"{levels[g]}/{N}"]
     save_grid(args.out / "upscale.png", *picture(-1))
     if args.gif:

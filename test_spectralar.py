@@ -1176,7 +1176,7 @@ def npz_run(out, name, flags="", **how):
 
 
 def test_npz_is_the_same_for_any_batch_processes_and_interruption(a_copy):
-    """Byte for byte: kernels that round otherwise for other shapes, threads or shares of the work would show."""
+    """Byte for byte. A stream or a label of another image would show; for rounding see the test after this one."""
     for name, flags, ranks in (("32.npz", "--batch-size 32", 1), ("5.npz", "--batch-size 5", 1),
                                ("ranks.npz", "--batch-size 5", 2)):
         finish(npz_run(a_copy, name, flags, ranks=ranks))
@@ -1237,10 +1237,9 @@ def test_npz_is_as_adm_lays_it_out(a_copy, capsys):
 def test_classes_are_found_by_number_name_wnid_or_part():
     names = ["tench, Tinca tinca (n01440764)", "tabby, tabby cat (n02123045)", "tiger cat (n02123159)", "dog, crane",
              "crane", "catamaran (n02981792)"]
-    for word, found in (("0", 0), ("tinca TINCA", 0), ("n02123045", 1), ("02123159", None), ("tiger", 2), ("tama", 5),
-                        ("tabby", 1), ("n0298", 5)):
-        if found is not None:
-            assert sample_script.find_class(word, names) == found
+    for word, found in (("0", 0), ("tinca TINCA", 0), ("n02123045", 1), ("tiger", 2), ("tama", 5), ("tabby", 1),
+                        ("n0298", 5)):
+        assert sample_script.find_class(word, names) == found
     for word, told in (("crane", "'crane' fits 2 classes (3 dog, crane; 4 crane)"), ("cat", "fits 3 classes"),
                        ("tenhc", "no class is named 'tenhc'; nearest: 0 tench, Tinca tinca (n01440764)"),
                        ("zzzz", "nearest: none: --list-classes shows all 6"), ("6", "class 6 is outside 0 .. 5")):

@@ -682,7 +682,7 @@ def run(main, args):
         print(f"error: {e}", file=sys.stderr)
         code = 2
     except RuntimeError as e:
-        line = str(e).splitlines()[0]
+        line = str(e).split("\n")[0]
         if isinstance(e, torch.OutOfMemoryError) or "can't allocate memory" in line:
             flag = next(f for f in ("micro_batch", "batch_size") if hasattr(args, f))
             line = f"out of memory with --{flag.replace('_', '-')} {getattr(args, flag)}: take a smaller one ({line})"
