@@ -4,6 +4,8 @@
   python evaluate.py stats /my/images reference.npz                        # reference statistics in ADM's layout
   python evaluate.py generation --data cifar10                             # samples of gpt.pt against training images
   python evaluate.py reconstruction --data cifar10 --levels 1,8,64         # held-out images through the tokenizer
+  python evaluate.py truncation --data cifar10                             # both, after 1, 2, 4 ... tokens
+  python evaluate.py probe --data cifar10 --against out/cifar10-flat       # what a token owes to those before it
 
 Numbers are those of ADM's TensorFlow evaluator, the field's. Each command prints a table and appends it as a JSON line
 to out/<data>/evaluations.jsonl. With `torchrun --nproc-per-node 8 -- evaluate.py ...` the ranks share the images.
@@ -17,21 +19,23 @@ import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from tqdm import tqdm
 
-from sample import add_sampling_flags, balanced_labels, check_sampling_flags, draw, load_models, sampling
-from spectralar import UNREADABLE, UserError, fingerprint, load_tokenizer, read_checkpoint, save_checkpoint
-from train_tokenizer import (CIFAR, all_sum, base_parser, batch_indices, codebook_use, download, finish_args,
-                             first_rank_first, gather, images_below, load_lpips, open_data, pick, psnr, run,
-                             seed_step, share_work, to_float, to_uint8, versions, weights_folder)
+from sample import add_sampling_flags, balanced_labels, check_sampling_flags, draw_codes, load_models, sampling
+from spectralar import UNREADABLE, UserError, dct2, fingerprint, load_generator, load_tokenizer, low_pass
+from train_gpt import evaluate as measure_bits
+from train_tokenizer import (CIFAR, JUDGE, all_sum, base_parser, codebook_use, download, finish_args, first_rank_first,
+                             gather, images_below, load_classifier, load_lpips, open_data, pick, psnr, run, save_grid,
+                             share_work, spread_levels, to_float, to_uint8, versions, weights_folder)
 
 # ------------------------------------------------------------------------------------------------------------------
 # Inception-v3 as in the 2015 TensorFlow graph that FID is defined by
@@ -289,93 +293,6 @@ def ssim(a, b):
 
 
 # ------------------------------------------------------------------------------------------------------------------
-# a classifier of the data set itself, for images unlike ImageNet's. Its distance is FD-classifier, never FID
-
-class Classifier(nn.Module):
-    """Small residual network: uint8 images (B, 3, S, S) -> features (B, 192), None, logits (B, classes)."""
-
-    def __init__(self, num_classes, image_size):
-        super().__init__()
-        self.image_size = image_size
-
-        def conv(channels_in, channels, stride=1):
-            return nn.Sequential(nn.Conv2d(channels_in, channels, 3, stride, 1, bias=False), nn.BatchNorm2d(channels),
-                                 nn.ReLU(inplace=True))
-
-        widths = (32, 48, 96, 192)
-        self.stem = conv(3, widths[0])
-        self.down = nn.ModuleList(conv(a, b, stride=2) for a, b in zip(widths, widths[1:]))
-        self.residual = nn.ModuleList(conv(b, b) for b in widths[1:])
-        self.head = nn.Linear(widths[-1], num_classes)
-
-    def forward(self, images):
-        H, W, S = *images.shape[-2:], self.image_size
-        if (H, W) != (S, S):
-            raise UserError(f"images are {W} x {H}, the classifier reads {S} x {S}: resize them, "
-                            f"or --features inception")
-        x = self.stem(to_float(images).contiguous(memory_format=torch.channels_last))       # (B, 32, S, S)
-        for down, residual in zip(self.down, self.residual):
-            x = down(x)
-            x = x + residual(x)
-        features = x.mean((2, 3))
-        return features, None, self.head(features)
-
-
-def augment(images):
-    """Random mirror images and shifts of up to an eighth, for a batch (B, 3, S, S)."""
-    B, _, S, _ = images.shape
-    pad = S // 8
-    images = torch.where(torch.rand(B, 1, 1, 1) < 0.5, images.flip(-1), images)
-    images = F.pad(images.float(), (pad,) * 4, mode="reflect")
-    rows, columns = (torch.randint(2 * pad + 1, (B, 1)) + torch.arange(S) for _ in range(2))
-    return images[torch.arange(B)[:, None, None], :, rows[:, :, None], columns[:, None]].permute(0, 3, 1, 2)
-
-
-def train_classifier(train, val, args, steps=3000, batch_size=128):
-    """(classifier, accuracy on held-out images), trained from scratch: minutes on a CPU."""
-    torch.manual_seed(args.seed)
-    model = Classifier(len(train.class_names), args.image_size).to(args.device, memory_format=torch.channels_last)
-    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-3, total_steps=steps)
-    for step in tqdm(range(steps), desc="training the classifier", disable=None):
-        seed_step(args.seed, step)
-        images, labels = train.batch(batch_indices(len(train), batch_size, step, args.seed))
-        _, _, logits = model(augment(images).to(args.device))
-        F.cross_entropy(logits, labels.to(args.device), label_smoothing=0.1).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        schedule.step()
-    model.eval()
-    hits = []
-    with torch.no_grad():
-        for chunk in torch.arange(min(len(val), 10_000)).split(500):
-            images, labels = val.batch(chunk)
-            hits.append(model(images.to(args.device))[2].argmax(-1).cpu() == labels)
-    return model, torch.cat(hits).double().mean().item()
-
-
-def load_classifier(train, val, args):
-    """The classifier of --data, from classifier.pt in the run's folder; trained and kept there when absent."""
-    path = args.out / "classifier.pt"
-    if not path.exists():
-        print(f"training a classifier of {args.data} for {path}, minutes on a CPU")
-        model, accuracy = train_classifier(train, val, args)
-        args.out.mkdir(parents=True, exist_ok=True)
-        save_checkpoint(path, "classifier", data=args.data, image_size=args.image_size, classes=train.class_names,
-                        accuracy=accuracy, model=model.state_dict())
-    saved = read_checkpoint(path, "classifier", args.device)
-    mine = dict(data=args.data, image_size=args.image_size, classes=train.class_names)
-    for k, v in mine.items():
-        if saved[k] != v:
-            raise UserError(f"{path} is of {k} {saved[k]}, this run of {v}: delete it, or take another --out")
-    model = Classifier(len(train.class_names), args.image_size)
-    model.load_state_dict(saved["model"])
-    if args.rank == 0:
-        print(f"{path}: test accuracy {saved['accuracy']:.1%}")
-    return model.to(args.device, memory_format=torch.channels_last).eval().requires_grad_(False)
-
-
-# ------------------------------------------------------------------------------------------------------------------
 # sets of images: (count, read) with read(start, stop) -> uint8 (B, 3, H, W)
 
 def read_npz(path):
@@ -512,7 +429,8 @@ def load_network(args):
     """InceptionV3, or the classifier of --data."""
     if args.features == "inception":
         return first_rank_first(lambda: load_inception(args.inception, args.device), args)
-    return first_rank_first(lambda: load_classifier(*open_data(args), args), args)
+    return first_rank_first(lambda: load_classifier(args.classifier or args.out / "classifier.pt", JUDGE,
+                                                    *open_data(args), args), args)
 
 
 def compare(args):
@@ -542,42 +460,58 @@ def stats(args):
     return [dict(images=source, count=count, statistics=target)], {}
 
 
-def generation(args):
-    gpt, tokenizer, names = load_models(args)
-    args.image_size, C = tokenizer.config.image_size, len(names)
-    train, _ = open_data(args)
-    network = load_network(args)
-    labels = balanced_labels(args.num, range(C), args.seed)
-
-    def read(start, stop):
-        return draw(gpt, tokenizer, labels[start:stop], start, args)[:, 0]
-    samples = extract("sampling", args.num, read, network, args)
+def measure_samples(gpt, tokenizer, network, train, levels, args):
+    """(rows, what the record adds) of samples decoded after so many tokens, against training images."""
+    labels = balanced_labels(args.num_samples, range(len(train.class_names)), args.seed)
     if args.reference:
         reference = measure_path(args.reference, network, args)
     else:
         chosen = pick(len(train), 50_000)
         reference = extract("training images", len(chosen), lambda a, b: train.batch(chosen[a:b])[0], network, args)
-    row = distances(samples, reference, args)
-    if args.features == "classifier":
-        row["accuracy"] = (samples.logits.argmax(-1) == labels).double().mean().item()
-    return [row], dict(checkpoint=fingerprint(gpt), counts=[samples.count, reference.count],
-                       reference=args.reference or "training images", sampling=sampling(args))
+    codes, rows = cache(lambda start, stop: draw_codes(gpt, labels[start:stop], start, args)), []
+    for level in levels:
+        samples = extract(f"sampling, {level} tokens", len(labels),
+                          lambda a, b: to_uint8(tokenizer.decode(codes(a, b), level)), network, args)
+        rows.append(distances(samples, reference, args))
+        if args.features == "classifier":
+            rows[-1]["accuracy"] = (samples.logits.argmax(-1) == labels).double().mean().item()
+    return rows, dict(checkpoint=fingerprint(gpt), counts=[len(labels), reference.count],
+                      reference=args.reference or "training images", sampling=sampling(args))
 
 
-def reconstruction(args):
-    tokenizer = load_tokenizer(args.out / "tokenizer.pt", args.device)
-    args.image_size, N = tokenizer.config.image_size, tokenizer.config.num_tokens
-    _, val = open_data(args)
-    network = load_network(args)
+def generation(args):
+    gpt, tokenizer, _ = load_models(args)
+    args.image_size = tokenizer.config.image_size
+    return measure_samples(gpt, tokenizer, load_network(args), open_data(args)[0], [args.tokens], args)
+
+
+def octaves(S):
+    """(S, S) long: the octave of each frequency, by window: 0, 1, 2-3, 4-7 ... are 0, 1, 2, 3 ..."""
+    side = torch.arange(S)
+    side = torch.maximum(side[:, None], side)
+    return torch.where(side > 0, side.double().log2().floor().long() + 1, 0)
+
+
+def band_energy(images):
+    """Energy of images (B, 3, S, S) in each band of octaves, added over the images: (bands,) float64."""
+    band = octaves(images.shape[-1]).flatten().to(images.device)
+    energy = dct2(images.double()).square().sum((0, 1)).flatten()
+    return energy.new_zeros(band.max() + 1).index_add_(0, band, energy).cpu()
+
+
+def measure_reconstructions(tokenizer, network, val, levels, args):
+    """(rows, what the record adds) of held-out images, reconstructed from so many tokens, against themselves.
+
+    rows have under "bands" their energy in each octave of the spectrum against the originals', in dB.
+    """
     lpips = None
     if args.lpips:
         lpips = first_rank_first(lambda: load_lpips(args.vgg, args.lpips_weights, args.device), args)
     chosen = pick(len(val), args.num)
-    count = len(chosen)
+    count, rows = len(chosen), []
     originals = extract("originals", count, lambda a, b: val.batch(chosen[a:b])[0], network, args)
-    rows = []
-    for level in args.levels or [N]:
-        codes, labels, scores = [], [], []
+    for level in levels:
+        codes, labels, scores, energy = [], [], [], []
 
         def reconstruct(start, stop):
             images, label = val.batch(chosen[start:stop])
@@ -587,6 +521,7 @@ def reconstruction(args):
             scores.append(torch.stack([psnr(result, images).double(), ssim(result, images)] + (
                 [lpips(to_float(result), to_float(images)).double()] if lpips else [])).T.cpu())
             codes.append(code.cpu()), labels.append(label)
+            energy.append(torch.stack([band_energy(to_float(x)) for x in (result, images)]))
             return result
         features = extract(f"{level} tokens", count, reconstruct, network, args)
         distance = distances(Features(count, features.mu, features.sigma), originals, args)
@@ -594,16 +529,256 @@ def reconstruction(args):
                **dict(zip(("PSNR", "SSIM", "LPIPS"), gather(torch.cat(scores)).mean(0).tolist()))}
         if args.features == "classifier":
             row["accuracy"] = (features.logits.argmax(-1) == gather(torch.cat(labels))).double().mean().item()
-        rows.append(row)
+        energy = torch.stack(energy).sum(0)
+        all_sum(energy, args.device)
+        rows.append(row | dict(bands=(10 * (energy[0] / energy[1]).log10()).tolist()))
     used, perplexity, _ = codebook_use(gather(torch.cat(codes)), tokenizer.config.codebook_size)
     return rows, dict(checkpoint=fingerprint(tokenizer), counts=[count, count], reference="held-out images",
                       codebook_used=used, codebook_perplexity=perplexity)
 
 
+def reconstruction(args):
+    tokenizer = load_tokenizer(args.out / "tokenizer.pt", args.device)
+    args.image_size = tokenizer.config.image_size
+    levels = args.levels or [tokenizer.config.num_tokens]
+    rows, more = measure_reconstructions(tokenizer, load_network(args), open_data(args)[1], levels, args)
+    return [{k: v for k, v in row.items() if k != "bands"} for row in rows], more
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# the paper's studies: quality by the number of tokens, and what a token owes to those before it
+
+def truncation(args):
+    """Reconstructions, and samples where there is a gpt.pt, of the first k tokens; truncation.png and levels.png."""
+    tokenizer = load_tokenizer(args.out / "tokenizer.pt", args.device)
+    args.image_size, edges = tokenizer.config.image_size, tokenizer.edges.tolist()
+    (train, val), network = open_data(args), load_network(args)
+    levels = args.levels or spread_levels(tokenizer.config.num_tokens)
+    rows, more = measure_reconstructions(tokenizer, network, val, levels, args)
+    samples = [{}] * len(levels)
+    if (args.out / "gpt.pt").exists():
+        gpt, its_tokenizer, _ = load_models(args)
+        samples, more["samples"] = measure_samples(gpt, its_tokenizer, network, train, levels, args)
+    octave = {"0": 0, "1": 1} | {f"{2 ** b}-{2 ** (b + 1) - 1}": 2 ** b for b in range(1, len(rows[0]["bands"]) - 1)}
+    for i, (level, row, sample) in enumerate(zip(levels, rows, samples)):
+        window = edges[level - 1]
+        bands = {f"band {name}": energy if first < window else None                 # none is let through
+                 for (name, first), energy in zip(octave.items(), row.pop("bands"))}
+        rows[i] = dict(tokens=row.pop("tokens"), window=window) | row | {f"g{k}": v for k, v in sample.items()} | bands
+    if args.rank == 0:
+        def panel(title, *columns):
+            return dict(title=title, x="tokens", log=True, lines={
+                name: [(row["tokens"], row[column]) for row in rows if row[column] is not None]
+                for name, column in columns if column in rows[0]})
+        distance = "FD-classifier" if args.features == "classifier" else "FID"
+        plot(args.out / "truncation.png", [
+            panel("PSNR (dB)", ("reconstructions", "PSNR")),
+            panel(distance, ("reconstructions", f"r{distance}"), ("samples", f"g{distance}")),
+            panel("energy by band, against the data's (dB)", *((name, f"band {name}") for name in octave))])
+        draw_levels(args.out / "levels.png", tokenizer, val, levels, args)
+        print(f"{args.out / 'truncation.png'}, {args.out / 'levels.png'}; energy by band in dB against the data's")
+    return rows, more
+
+
+@torch.no_grad()
+def draw_levels(path, tokenizer, val, levels, args):
+    """Picture: an image's spectrum in each level's window, its sub-images, its reconstructions; then other images'."""
+    images = to_float(val.batch(pick(len(val), 4))[0].to(args.device))
+    level = torch.tensor(levels, device=args.device)
+    windows = tokenizer.edges[level - 1]                                        # (G,)
+    power = dct2(images[0]).square().mean(0).log()                              # (S, S)
+    low, high = power.quantile(0.05), power.max()
+    shades = (60 + 195 * (power - low) / (high - low)).clamp(60, 255)
+    inside = torch.arange(len(power), device=args.device) < windows[:, None, None]      # (G, 1, S)
+    shades = torch.where(inside & inside.mT, shades, 0)[:, None].expand(-1, 3, -1, -1).to(torch.uint8)
+    first = images[:1].expand(len(levels), -1, -1, -1)
+    rows = [shades, to_uint8(low_pass(first, windows))]                         # each (G, 3, S, S)
+    for code in tokenizer.encode(images).split(1):
+        rows.append(to_uint8(tokenizer.decode(code.expand(len(levels), -1), level)))
+    originals = to_uint8(images[[0, 0, 0, 1, 2, 3]])
+    save_grid(path, [torch.cat([x[None], row]) for x, row in zip(originals, rows)],
+              ["spectrum in its window", "sub-image", *["reconstruction"] * len(images)],
+              ["image", *(f"{k} token{'s' * (k > 1)}" for k in levels)])
+
+
+def probe(args):
+    """How much of a token the tokens before it tell: linearly (ridge regression), and by the GPT; probe.png."""
+    runs = {"": args.out} | ({" against": Path(args.against)} if args.against else {})
+    models = {name: load_run(out, args) for name, out in runs.items()}
+    args.image_size, N = (getattr(models[""][0].config, k) for k in ("image_size", "num_tokens"))
+    for tokenizer, _ in models.values():
+        if (tokenizer.config.image_size, tokenizer.config.num_tokens) != (args.image_size, N):
+            raise UserError(f"{args.against} has {tokenizer.config.num_tokens} tokens of {tokenizer.config.image_size} "
+                            f"px images, {args.out} {N} of {args.image_size}: compare runs of the same sizes")
+    train, val = open_data(args)
+    chosen = pick(len(train), args.num or 50_000)
+    chosen = chosen[torch.randperm(len(chosen), generator=torch.Generator().manual_seed(args.seed))]
+    fit = len(chosen) * 4 // 5
+    parts = (train, chosen[:fit]), (train, chosen[fit:]), (val, pick(len(val), 10_000))
+    curves = {}
+    for name, (tokenizer, gpt) in models.items():
+        codes, labels = zip(*(encode_images(tokenizer, *part, args) for part in parts))
+        vectors = tokenizer.quantizer.vectors
+        moments = [second_moments(len(c), lambda a, b: vectors(c[a:b].to(args.device)), args) for c in codes]
+        for order in ("", " reversed", " shuffled") if tokenizer is models[""][0] else ("",):
+            curves[f"R2{name}{order}"] = ridge_r2(moments, ORDERS[order](N), N)
+        seen = torch.cat(codes[:2])
+        curves[f"entropy{name}"] = [math.log2(codebook_use(c[:, None], len(tokenizer.quantizer.codebook))[1])
+                                    for c in seen.T]
+        if gpt:
+            curves[f"bits{name}"] = measure_bits(gpt, codes[2], labels[2], args)["bits_by_position"]
+    if patches := patch_sides(args.image_size, N):
+        def read(data, chosen, a, b):
+            return F.unfold(to_float(data.batch(chosen[a:b])[0].to(args.device)), patches, stride=patches).mT
+        moments = [second_moments(len(part[1]), partial(read, *part), args) for part in parts]
+        curves["R2 patches"] = ridge_r2(moments, torch.arange(N), N)
+    if args.rank == 0:
+        place = list(range(1, N + 1))
+        def name(column):
+            return column.replace("R2", "").replace("against", Path(args.against or "").name).strip()
+        plot(args.out / "probe.png", [
+            dict(title="R2 from the tokens before", x="place in the order", lines={
+                name(c) or "in order": [*zip(place, y)][1:] for c, y in curves.items() if c.startswith("R2")}),
+            dict(title="bits a token", x="token", lines={
+                name(c): [*zip(place, y)] for c, y in curves.items() if not c.startswith("R2")})])
+        print(f"{args.out / 'probe.png'}; R2: of a token from those before it, {len(parts[2][1]):,} held-out images, "
+              f"fitted on {fit:,}; entropy: of a token by itself; bits: the GPT needs, told the class and those before")
+    rows = [dict(token=i + 1, **{name: curve[i] for name, curve in curves.items()}) for i in range(N)]
+    rows.append(dict(token="mean", **{name: sum(curve[1:]) / (N - 1) for name, curve in curves.items()}))
+    return rows, {}
+
+
+def load_run(out, args):
+    """(tokenizer, GPT or None) of a run's folder; the tokenizer is the GPT's own."""
+    if (out / "gpt.pt").exists():
+        gpt, tokenizer, _ = load_generator(out / "gpt.pt", args.device)
+        return tokenizer, gpt
+    return load_tokenizer(out / "tokenizer.pt", args.device), None
+
+
+@torch.no_grad()
+def encode_images(tokenizer, data, chosen, args):
+    """Codes (n, N) and labels (n,) of the images chosen, in their order, on every rank."""
+    first, last = (len(chosen) * r // args.ranks for r in (args.rank, args.rank + 1))
+    codes, labels = [], []
+    for part in tqdm(chosen[first:last].split(args.batch_size), desc="encoding", disable=args.rank > 0 or None):
+        images, label = data.batch(part)
+        codes.append(tokenizer.encode(to_float(images.to(args.device))).cpu()), labels.append(label)
+    return gather(torch.cat(codes)), gather(torch.cat(labels))
+
+
+@torch.no_grad()
+def second_moments(count, read, args):
+    """Mean (N d,) and second moment about it (N d, N d) of N vectors of width d an image: read(a, b) -> (b-a, N, d)."""
+    first, last = (count * r // args.ranks for r in (args.rank, args.rank + 1))
+    moments = None
+    for start in tqdm(range(first, last, 512), desc="moments", disable=args.rank > 0 or None):
+        rows = read(start, min(start + 512, last)).flatten(1)
+        moments = moments or Moments(rows.shape[1])
+        moments.add(rows)
+    mu, sigma = moments.finish(args.device)
+    return mu, sigma * ((count - 1) / count)
+
+
+ORDERS = {"": torch.arange, " reversed": lambda N: torch.arange(N).flip(0),
+          " shuffled": lambda N: torch.randperm(N, generator=torch.Generator().manual_seed(0))}
+
+
+def ridge_r2(moments, order, N):
+    """[R^2 of each of N vectors from those before it in an order], by ridge regression, in float64.
+
+    moments: of second_moments, for images to fit, to choose the penalty of each vector, and to test. R^2 = 1 - squared
+    error / variance about the mean of the fit images, on the test images; 0 for the first, which has none before it.
+    """
+    mean = moments[0][0]                                                        # (N d,)
+    d = len(mean) // N
+    columns = (order[:, None] * d + torch.arange(d)).flatten()
+    fit, held_out, test = ((sigma + (mu - mean)[:, None] * (mu - mean))[columns][:, columns] for mu, sigma in moments)
+    errors = torch.zeros(len(PENALTIES), 2, N, dtype=torch.float64)
+    for p, penalty in enumerate(PENALTIES):
+        L = torch.linalg.cholesky(fit + penalty * fit.diagonal().mean() * torch.eye(len(fit), dtype=fit.dtype))
+        for i in range(1, N):
+            own, before = slice(i * d, (i + 1) * d), slice(0, i * d)
+            W = torch.cholesky_solve(fit[before, own], L[before, before])       # its leading rows are their own factor
+            for s, m in enumerate((held_out, test)):
+                errors[p, s, i] = m[own, own].trace() + (W * (m[before, before] @ W - 2 * m[before, own])).sum()
+    best = errors[:, 0].argmin(0)                                               # (N,)
+    variance = test.diagonal().unflatten(0, (N, d)).sum(1)
+    r2 = torch.where(variance > 1e-12, 1 - errors[best, 1, torch.arange(N)] / variance, 0)      # 0: nothing to tell
+    return [0.0] + r2[1:].tolist()
+
+
+PENALTIES = [10.0 ** k for k in range(-6, 3)]      # of the mean variance of a column
+
+
+def patch_sides(S, N):
+    """(height, width) of N equal patches that tile an image of side S, the squarest; None where there are none."""
+    sides = [(S // rows, S // (N // rows)) for rows in range(1, N + 1) if N % rows == 0 and S % rows == 0
+             and S % (N // rows) == 0]
+    return min(sides, key=lambda s: abs(s[0] - s[1]), default=None)
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# line charts
+
+COLOURS = "#1f5fa8", "#d1495b", "#2e933c", "#8d5fd3", "#e08e1b", "#555555", "#17a2b8", "#a0522d"
+
+
+def ticks(low, high, most=6):
+    """Round numbers between low and high, at most so many and a step apart of 1, 2 or 5 times a power of ten."""
+    raw = (high - low) / most
+    power = 10.0 ** math.floor(math.log10(raw))
+    step = next(m * power for m in (1, 2, 5, 10) if m * power >= raw)
+    return [i * step for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
+
+
+def plot(path, panels):
+    """PNG of line charts side by side. A panel: dict(title, x (label), log (of x), lines {name: [(x, y), ...]})."""
+    z, width, height = 2, 420, 310                                              # z: twice the size, for sharp screens
+    picture = Image.new("RGB", (z * width * len(panels), z * height), "white")
+    draw = ImageDraw.Draw(picture)
+    font, large = (ImageFont.load_default(size=z * size) for size in (11, 13))
+    for p, panel in enumerate(panels):
+        left, right, bottom = z * (p * width + 48), z * ((p + 1) * width - 16), z * (height - 40)
+        draw.text((left, z * 12), panel["title"], fill="black", font=large, anchor="lm")
+        x, y = left, z * 30
+        for colour, name in zip(COLOURS, panel["lines"]):                       # the legend, in rows
+            if x > left and x + z * 20 + font.getlength(name) > right:
+                x, y = left, y + z * 15
+            draw.line([(x, y), (x + z * 12, y)], fill=colour, width=z * 3)
+            draw.text((x + z * 16, y), name, fill="black", font=font, anchor="lm")
+            x += z * 28 + font.getlength(name)
+        top = y + z * 14
+        xs, ys = (sorted({point[axis] for line in panel["lines"].values() for point in line}) for axis in (0, 1))
+        position = math.log2 if panel.get("log") else float
+        margin = 0.05 * (ys[-1] - ys[0]) or 1
+        low, high, first, last = ys[0] - margin, ys[-1] + margin, position(xs[0]), position(xs[-1])
+
+        def at(x, y):
+            return (left + (right - left) * (position(x) - first) / ((last - first) or 1),
+                    bottom - (bottom - top) * (y - low) / (high - low))
+        for y in ticks(low, high):
+            draw.line([at(xs[0], y), at(xs[-1], y)], fill="#dddddd", width=z)
+            draw.text((left - z * 6, at(xs[0], y)[1]), f"{y:g}", fill="black", font=font, anchor="rm")
+        for x in xs if panel.get("log") else ticks(xs[0], xs[-1], 8):
+            draw.line([at(x, low), (at(x, low)[0], bottom + z * 4)], fill="black", width=z)
+            draw.text((at(x, low)[0], bottom + z * 7), f"{x:g}", fill="black", font=font, anchor="mt")
+        draw.line([(left, bottom), (right, bottom)], fill="black", width=z)
+        draw.text(((left + right) / 2, z * (height - 6)), panel["x"], fill="black", font=font, anchor="mb")
+        for colour, line in zip(COLOURS, panel["lines"].values()):
+            points = [at(*point) for point in line]
+            draw.line(points, fill=colour, width=z * 2, joint="curve")
+            for x, y in points if len(points) <= 16 else []:
+                draw.ellipse([x - z * 3, y - z * 3, x + z * 3, y + z * 3], fill=colour)
+    picture.save(f"{path}.tmp", format="PNG", optimize=True)
+    os.replace(f"{path}.tmp", path)
+
+
 # ------------------------------------------------------------------------------------------------------------------
 # the run
 
-COMMANDS = dict(compare=compare, stats=stats, generation=generation, reconstruction=reconstruction)
+COMMANDS = dict(compare=compare, stats=stats, generation=generation, reconstruction=reconstruction,
+                truncation=truncation, probe=probe)
 
 
 def parse_args(argv=None):
@@ -614,9 +789,13 @@ def parse_args(argv=None):
     add("--features", choices=("inception", "classifier"),
         help="default: the classifier for generation and reconstruction of shapes and CIFAR, else inception")
     add("--inception", metavar="FILE", help="weights of Inception (default: downloaded once)")
+    add("--classifier", metavar="FILE", help="the judge: trained and kept there when absent (default: classifier.pt in "
+        "--out); runs to be compared need the same")
     add("--reference", metavar="PATH", help="generation: what to compare with (default: up to 50,000 training images)")
-    add("--num", type=int, help="images to sample (default: 50,000; classifier: 10,000) or reconstruct (all held out)")
-    add("--levels", help="reconstruction: numbers of tokens, 1,2,4 (default: all tokens)")
+    add("--num", type=int, help="images to sample (default: 50,000; classifier: 10,000), reconstruct (all held out), "
+        "to fit the probe to (50,000)")
+    add("--levels", help="reconstruction: numbers of tokens, 1,2,4 (default: all tokens; truncation: 1, 2, 4 ...)")
+    add("--against", metavar="FOLDER", help="probe: another run, whose tokens are asked the same")
     add("--lpips", action=argparse.BooleanOptionalAction, help="reconstruction: LPIPS too (default: with inception)")
     add("--vgg", metavar="FILE", help="VGG16 weights of LPIPS (default: downloaded once, 528 MB)")
     add("--lpips-weights", metavar="FILE", help="linear weights of LPIPS (default: downloaded once)")
@@ -636,8 +815,7 @@ def parse_args(argv=None):
     finish_args(parser, args)
     check_sampling_flags(parser, args)
     args.lpips = args.features == "inception" if args.lpips is None else args.lpips
-    if args.command == "generation":
-        args.num = args.num or (50_000 if args.features == "inception" else 10_000)
+    args.num_samples = args.num or (50_000 if args.features == "inception" else 10_000)
     try:
         args.levels = [int(i) for i in args.levels.split(",")] if args.levels else None
     except ValueError:
@@ -652,7 +830,7 @@ def main(args):
     if args.rank:
         return
     columns = list(rows[0])
-    cells = [[f"{v:.4f}" if isinstance(v, float) else str(v) for v in row.values()] for row in rows]
+    cells = [["" if v is None else f"{v:.4f}" if type(v) is float else str(v) for v in row.values()] for row in rows]
     widths = [max(map(len, column)) for column in zip(columns, *cells)]
     for line in [columns, *cells]:
         print("  " + "  ".join(cell.rjust(width) for cell, width in zip(line, widths)))

@@ -115,15 +115,20 @@ def balanced_labels(num, classes, seed):
     return labels_in_turn(num, classes)[torch.randperm(num, generator=torch.Generator().manual_seed(seed))]
 
 
+def draw_codes(gpt, labels, start, args, prefix=None):
+    """Codes (B, N) of the sample indices start, start + 1 ... of labels (B,)."""
+    with autocast(args):
+        return gpt.generate(labels.to(args.device), **sampling(args), prefix=prefix,
+                            seeds=sample_seeds(args.seed, start, start + len(labels)))
+
+
 @torch.no_grad()
 def draw(gpt, tokenizer, labels, start, args, levels=None, prefix=None):
     """Sample indices start, start + 1 ... of labels (B,) -> uint8 images (B, G, 3, S, S) on the CPU.
 
     levels: after how many tokens to look, G of them (default: all that are sampled); prefix (B, k): codes to keep.
     """
-    with autocast(args):
-        codes = gpt.generate(labels.to(args.device), **sampling(args), prefix=prefix,
-                             seeds=sample_seeds(args.seed, start, start + len(labels)))
+    codes = draw_codes(gpt, labels, start, args, prefix)
     levels = torch.tensor(levels or [args.tokens], device=args.device)
     views = codes.repeat_interleave(len(levels), 0), levels.repeat(len(codes))  # all the previews are one batch
     images = [to_uint8(tokenizer.decode(*part)).cpu() for part in zip(*(v.split(args.batch_size) for v in views))]

@@ -33,10 +33,10 @@ from spectralar import (GPT, FailedRun, GPTConfig, SpectralTokenizer, TokenizerC
                         additive, attention, band_edges, causal_mask, code_fingerprint, dct2, dct_matrix, decoder_mask,
                         encoder_mask, fingerprint, guidance_scale, idct2, load_generator, load_gpt, load_tokenizer,
                         low_pass, sample, save_checkpoint, uniforms)
-from train_tokenizer import (LPIPS, PRESETS, SHAPES, Cifar, Discriminator, Folder, Log, Shapes, any_crop, batch_indices,
-                             center_crop, codebook_use, cost, download, draw_levels, hinge_loss, lecam_loss, lr_at,
-                             make_optimizer, open_folder, psnr, reconstruction_losses, recompute_blocks, run, to_float,
-                             upright_rgb, update_ema)
+from train_tokenizer import (JUDGE, LPIPS, PRESETS, SHAPES, Cifar, Classifier, Discriminator, Folder, Log, Shapes,
+                             any_crop, batch_indices, center_crop, codebook_use, cost, download, draw_levels, hinge_loss,
+                             lecam_loss, load_classifier, lr_at, make_optimizer, open_folder, psnr,
+                             reconstruction_losses, recompute_blocks, run, to_float, upright_rgb, update_ema)
 
 torch.set_num_threads(1)                # tiny tensors: threads would only cost time
 P, N, K, D = 16, 6, 32, 32              # 16 px in patches of 4 px
@@ -1003,6 +1003,24 @@ def test_lpips_has_a_gradient_where_all_features_are_zero():
     assert torch.isfinite(image.grad).all()
 
 
+@torch.no_grad()
+def test_classifier_distance_is_that_of_unit_features():
+    """Written out: the stem's features and each stage's, of unit length at each pixel."""
+    model = randomized(Classifier(10, 16, (8, 16, 24)))
+    def stages(x):
+        maps = [model.stem(x)]
+        for down, residual in zip(model.down, model.residual):
+            x = down(maps[-1])
+            maps.append(x + residual(x))
+        return maps
+    images = [to_float(pictures(i, 3, 16, 16)) for i in (1, 2)]
+    expected = sum((F.normalize(x, dim=1) - F.normalize(y, dim=1)).square().sum(1).mean((1, 2))
+                   for x, y in zip(*map(stages, images)))
+    assert torch.allclose(model.distance(*images), expected, rtol=1e-4) and expected.min() > 0.1
+    assert model.distance(images[0], images[0]).tolist() == [0, 0, 0]
+    assert torch.allclose(model(pictures(1, 3, 16, 16))[0], stages(images[0])[-1].mean((2, 3)), rtol=1e-4)
+
+
 def test_adversarial_losses_equal_their_formulas():
     real, fake, means = noise(5, 7), noise(5, 7, seed=1), (0.3, -0.2)
     relu = lambda x: max(x, 0.0)
@@ -1545,8 +1563,8 @@ def judged(trained, tmp_path_factory):
     out = shutil.copytree(trained, tmp_path_factory.mktemp("judged") / "out")
     args = Namespace(seed=0, device="cpu", data="shapes", image_size=16, out=out, rank=0)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluate.train_classifier, "__defaults__", (150, 64))
-        evaluate.load_classifier(Shapes("train", 16), Shapes("val", 16), args)
+        patch.setattr(train_tokenizer.train_classifier, "__defaults__", (150, 64))
+        load_classifier(out / "classifier.pt", JUDGE, Shapes("train", 16), Shapes("val", 16), args)
     return out
 
 
@@ -1557,7 +1575,7 @@ def last_record(out):
 def numpy_features(judged, images):
     """(features, logits) of the run's classifier, and numpy's mean and covariance of the features."""
     args = Namespace(device="cpu", data="shapes", image_size=16, out=judged, rank=0)
-    features, _, logits = evaluate.load_classifier(Shapes("train", 16), None, args)(images)
+    features, _, logits = load_classifier(judged / "classifier.pt", JUDGE, Shapes("train", 16), None, args)(images)
     f = features.double().numpy()
     return logits, (f.mean(0), np.cov(f.T))
 
@@ -1568,6 +1586,25 @@ def test_classifier_learns_the_classes_and_is_kept(judged, capsys):
     accuracy = (numpy_features(judged, images)[0].argmax(-1) == labels).double().mean().item()
     assert accuracy > 0.7 and accuracy == pytest.approx(saved["accuracy"], abs=0.03)    # of the first 10,000
     assert f"test accuracy {saved['accuracy']:.1%}" in capsys.readouterr().out
+
+
+def test_classifier_of_the_data_judges_what_looks_alike(tmp_path, capsys, monkeypatch):
+    """--perceptual-net: trained once, then read; never the judge's."""
+    monkeypatch.setattr(train_tokenizer.train_classifier, "__defaults__", (2, 8))
+    net, flags = tmp_path / "new" / "net.pt", "--perceptual 0.5 --perceptual-net {} --steps 2 --log-every 1"
+    for out in ("a", "b"):
+        call(train_tokenizer, tmp_path / out, flags.format(net))
+        assert ("training a classifier" in capsys.readouterr().out) == (out == "a")
+    logs = [[json.loads(line) for line in open(tmp_path / out / "log-tokenizer.jsonl")] for out in "ab"]
+    for a, b in zip(*([r for r in log if "loss" in r] for log in logs)):
+        assert a["loss"] == b["loss"] == pytest.approx(a["rec"] + a["vq"] + 0.5 * a["lpips"], rel=1e-5)
+    assert a["lpips"] > 0.1
+    call(train_tokenizer, tmp_path / "late", flags.format(net) + " --perceptual-start 1")
+    log = [json.loads(line) for line in open(tmp_path / "late" / "log-tokenizer.jsonl")]
+    assert ["lpips" in r for r in log if "loss" in r] == [False, True]
+    call(train_gpt, tmp_path / "a")
+    line = error_of(capsys, evaluate, tmp_path / "a", f"generation --num 20 --classifier {net}")
+    assert "is of widths" in line and "name another file" in line
 
 
 @pytest.fixture
@@ -1778,3 +1815,117 @@ def test_readme_and_docstring_commands_parse():
         assert len(found) >= least and {words[1] for words in found} == set(scripts)
         for words in found:
             scripts[words[1]].parse_args(words[2:])
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# the paper's studies
+
+def test_bands_share_out_the_energy():
+    """Parseval; a cosine's energy lies in the octave of its larger frequency; energies add up over the images."""
+    assert evaluate.octaves(8).tolist()[5] == [3] * 8 and evaluate.octaves(8)[0].tolist() == [0, 1, 2, 2, 3, 3, 3, 3]
+    x = noise(5, 3, 32, 32, dtype=torch.float64)
+    assert evaluate.band_energy(x).sum().item() == pytest.approx(x.square().sum().item(), rel=1e-12)
+    assert torch.allclose(evaluate.band_energy(x[:2]) + evaluate.band_energy(x[2:]), evaluate.band_energy(x))
+    for (row, column), band in {(0, 0): 0, (1, 0): 1, (1, 3): 2, (7, 4): 3, (15, 16): 5}.items():
+        spectrum = torch.zeros(1, 3, 32, 32, dtype=torch.float64)
+        spectrum[:, 1, row, column] = 3
+        expected = torch.zeros(6, dtype=torch.float64)
+        expected[band] = 9
+        assert torch.allclose(evaluate.band_energy(idct2(spectrum)), expected, atol=1e-12)
+
+
+@torch.no_grad()
+def test_truncation_is_measured_as_defined(judged, reference, capsys):
+    call(evaluate, judged, f"truncation --num 40 --levels 1,3,6 --cfg 1.5 --seed 3 --reference {reference[0]}")
+    rows, printed = last_record(judged)["results"], capsys.readouterr().out
+    gpt, tokenizer, _ = load_generator(judged / "gpt.pt")
+    images = Shapes("val", 16).batch(evaluate.pick(10_000, 40))[0]
+    codes = tokenizer.encode(to_float(images))
+    call(evaluate, judged, "reconstruction --num 40 --levels 1,3,6")
+    reconstructed = last_record(judged)["results"]
+    labels = evaluate.balanced_labels(40, range(10), 3)
+    sampled = gpt.generate(labels, cfg=1.5, seeds=3 * 2 ** 32 + torch.arange(40))
+    low, names = [0, 1, 2, 4, 8], ["band 0", "band 1", "band 2-3", "band 4-7", "band 8-15"]
+    for row, level, other in zip(rows, (1, 3, 6), reconstructed):
+        assert {k: row[k] for k in other} == pytest.approx(other)
+        window = row["window"]
+        assert window == tokenizer.edges[level - 1]
+        copies = train_tokenizer.to_uint8(tokenizer.decode(codes, level))
+        mine, theirs = (dct2(to_float(x).double()).square().sum((0, 1)) for x in (copies, images))
+        for a, b, name in zip(low, [*low[1:], 16], names):
+            if a >= window:
+                assert row[name] is None
+                continue
+            ring = torch.zeros(16, 16, dtype=torch.bool)
+            ring[:b, :b] = True
+            ring[:a, :a] = False
+            assert row[name] == pytest.approx(10 * math.log10(mine[ring].sum() / theirs[ring].sum()), abs=1e-4)
+        logits, statistics = numpy_features(judged, train_tokenizer.to_uint8(tokenizer.decode(sampled, level)))
+        distance = evaluate.frechet_distance(*statistics, *reference[1])
+        assert row["gFD-classifier"] == pytest.approx(distance, rel=1e-6)
+        assert row["gaccuracy"] == (logits.argmax(-1) == labels).double().mean().item()
+    pictures = [Image.open(judged / name) for name in ("truncation.png", "levels.png")]
+    assert "truncation.png" in printed and all(p.width > 400 for p in pictures)
+    assert "is outside 1 .. 6" in error_of(capsys, evaluate, judged, "truncation --num 40 --levels 7")
+
+
+def test_ridge_gives_the_r2_of_its_definition():
+    """Against least squares with the penalty as extra rows, tried one by one."""
+    n, places, d = 300, 4, 2
+    x = noise(n, places, d, dtype=torch.float64)
+    x[:, 1] = 0.7 * x[:, 0] + 0.3 * x[:, 1] + 5
+    x[:, 3] = x[:, 0] - 2 * x[:, 1]                                             # told wholly by those before
+    args = Namespace(rank=0, ranks=1, device="cpu")
+    parts = x[:100], x[100:180], x[180:]
+    moments = [evaluate.second_moments(len(part), lambda a, b: part[a:b], args) for part in parts]
+    for order in (torch.arange(4), torch.tensor([3, 0, 2, 1])):
+        fit, held_out, test = (part[:, order] - parts[0].mean(0)[order] for part in parts)
+        penalties, expected = [p * fit.square().mean() for p in evaluate.PENALTIES], [0.0]
+        for i in range(1, places):
+            tried = []
+            for penalty in penalties:
+                X, Y = fit[:, :i].flatten(1), fit[:, i]
+                X = torch.cat([X, (penalty * len(fit)).sqrt() * torch.eye(X.shape[1], dtype=X.dtype)])
+                W = torch.linalg.lstsq(X, F.pad(Y, (0, 0, 0, X.shape[0] - len(Y)))).solution
+                error = [(p[:, i] - p[:, :i].flatten(1) @ W).square().sum() for p in (held_out, test)]
+                tried.append((error[0].item(), 1 - error[1].item() / test[:, i].square().sum().item()))
+            expected.append(min(tried)[1])
+        found = evaluate.ridge_r2(moments, order, places)
+        assert found == pytest.approx(expected, abs=1e-8)
+    assert evaluate.ridge_r2(moments, torch.arange(4), 4)[3] > 0.999 and abs(expected[2]) < 0.1
+
+
+def test_patches_of_the_same_count_tile_the_image():
+    assert evaluate.patch_sides(32, 64) == (4, 4) and evaluate.patch_sides(256, 64) == (32, 32)
+    assert sorted(evaluate.patch_sides(32, 32)) == [4, 8] and evaluate.patch_sides(16, 6) is None
+
+
+@torch.no_grad()
+def test_probe_reports_what_the_codes_hold(judged, tmp_path, capsys, monkeypatch):
+    """Entropy and bits against their definitions; a run asked about itself answers the same; sizes must agree."""
+    monkeypatch.setattr(Shapes, "__len__", lambda self: 600)
+    against = shutil.copytree(judged, tmp_path / "other")
+    call(evaluate, judged, f"probe --num 400 --against {against}")
+    *rows, mean = last_record(judged)["results"]
+    gpt, tokenizer, _ = load_generator(judged / "gpt.pt")
+    codes = tokenizer.encode(to_float(Shapes("train", 16).batch(evaluate.pick(600, 400))[0]))
+    held_out, labels = Shapes("val", 16).batch(torch.arange(600))
+    held_out = tokenizer.encode(to_float(held_out))
+    bits = -gpt(held_out, labels).log_softmax(-1).gather(-1, held_out[..., None]).mean(0)[:, 0] / math.log(2)
+    for i, row in enumerate(rows):
+        p = torch.bincount(codes[:, i]) / 400
+        assert row["entropy"] == pytest.approx(-(p[p > 0] * p[p > 0].log2()).sum().item(), rel=1e-5)
+        assert row["bits"] == pytest.approx(bits[i].item(), rel=1e-3)
+        assert all(row[f"{name} against"] == row[name] for name in ("R2", "entropy", "bits"))
+    assert len(rows) == N and mean["R2"] == pytest.approx(sum(r["R2"] for r in rows) / (N - 1))
+    assert 0 < mean["R2 reversed"] < 1 and "R2 patches" not in mean             # 6 patches do not tile 16 px
+    assert Image.open(judged / "probe.png").width > 400
+    with torch.enable_grad():
+        call(train_tokenizer, tmp_path / "third", "--num-tokens 4")
+    line = error_of(capsys, evaluate, judged, f"probe --num 400 --against {tmp_path / 'third'}")
+    assert "has 4 tokens of 16 px images" in line
+
+
+def test_ticks_are_round():
+    assert evaluate.ticks(0, 1) == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1])
+    assert evaluate.ticks(-31, 8) == [-30, -20, -10, 0] and evaluate.ticks(17.9, 23.1) == [18, 19, 20, 21, 22, 23]

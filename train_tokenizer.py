@@ -511,20 +511,124 @@ class LPIPS(torch.nn.Module):
         self.register_buffer("scale", torch.tensor([.458, .448, .450]).view(3, 1, 1), persistent=False)
 
     def taps(self, x):
-        """Unit-length features after relu1_2, 2_2, 3_3, 4_3 and 5_3."""
-        def unit(x):    # NOTE the 1e-20 keeps the root's gradient finite where all channels are 0
-            x = x.float()
-            return x / ((x.square().sum(1, keepdim=True) + 1e-20).sqrt() + 1e-10)
+        """Features after relu1_2, 2_2, 3_3, 4_3 and 5_3."""
         x = ((x - self.shift) / self.scale).contiguous(memory_format=torch.channels_last)
         for layer in self.features:
             if isinstance(layer, torch.nn.MaxPool2d):
-                yield unit(x)
+                yield x
             x = layer(x)
-        yield unit(x)
+        yield x
 
     def forward(self, a, b):
-        return sum(((x - y).square() * w.view(-1, 1, 1)).sum(1).mean((1, 2))
+        return sum(((unit(x) - unit(y)).square() * w.view(-1, 1, 1)).sum(1).mean((1, 2))
                    for x, y, w in zip(self.taps(a), self.taps(b), self.lin))
+
+
+def unit(x):
+    """Features (B, C, H, W), of unit length along the channels."""
+    x = x.float()   # NOTE the 1e-20 keeps the root's gradient finite where all channels are 0
+    return x / ((x.square().sum(1, keepdim=True) + 1e-20).sqrt() + 1e-10)
+
+
+class Classifier(torch.nn.Module):
+    """Small residual network for small images: uint8 (B, 3, S, S) -> features (B, C), None, logits (B, classes).
+
+    Trained on the spot, so with no download. evaluate.py measures with one (JUDGE), and another one may stand in for
+    VGG16 in the perceptual loss (CRITIC), which must not be the judge.
+    """
+
+    def __init__(self, num_classes, image_size, widths):
+        super().__init__()
+        self.image_size = image_size
+
+        def conv(channels_in, channels, stride=1):
+            return torch.nn.Sequential(torch.nn.Conv2d(channels_in, channels, 3, stride, 1, bias=False),
+                                       torch.nn.BatchNorm2d(channels), torch.nn.ReLU(inplace=True))
+
+        self.stem = conv(3, widths[0])
+        self.down = torch.nn.ModuleList(conv(a, b, stride=2) for a, b in zip(widths, widths[1:]))
+        self.residual = torch.nn.ModuleList(conv(b, b) for b in widths[1:])
+        self.head = torch.nn.Linear(widths[-1], num_classes)
+
+    def taps(self, x):
+        """Features (B, C, S/2^i, S/2^i) of images in [-1, 1] at each scale."""
+        x = self.stem(x.contiguous(memory_format=torch.channels_last))
+        yield x
+        for down, residual in zip(self.down, self.residual):
+            x = down(x)
+            x = x + residual(x)
+            yield x
+
+    def forward(self, images):
+        H, W, S = *images.shape[-2:], self.image_size
+        if (H, W) != (S, S):
+            raise UserError(f"images are {W} x {H}, the classifier reads {S} x {S}: resize them, "
+                            f"or --features inception")
+        *_, x = self.taps(to_float(images))
+        features = x.mean((2, 3))
+        return features, None, self.head(features)
+
+    def distance(self, a, b):
+        """LPIPS's distance without its learned weights: images in [-1, 1] (B, 3, S, S), twice -> (B,)."""
+        return sum((unit(x) - unit(y)).square().sum(1).mean((1, 2)) for x, y in zip(self.taps(a), self.taps(b)))
+
+
+JUDGE = dict(widths=(32, 48, 96, 192), seed=0)
+CRITIC = dict(widths=(32, 64, 128, 128), seed=1)       # other weights, of another size
+
+
+def augment(images):
+    """Random mirror images and shifts of up to an eighth, for a batch (B, 3, S, S)."""
+    B, _, S, _ = images.shape
+    pad = S // 8
+    images = torch.where(torch.rand(B, 1, 1, 1) < 0.5, images.flip(-1), images)
+    images = F.pad(images.float(), (pad,) * 4, mode="reflect")
+    rows, columns = (torch.randint(2 * pad + 1, (B, 1)) + torch.arange(S) for _ in range(2))
+    return images[torch.arange(B)[:, None, None], :, rows[:, :, None], columns[:, None]].permute(0, 3, 1, 2)
+
+
+def train_classifier(train, val, image_size, widths, seed, device, steps=3000, batch_size=128):
+    """(classifier, accuracy on held-out images), trained from scratch: minutes on a CPU."""
+    torch.manual_seed(seed)
+    model = Classifier(len(train.class_names), image_size, widths).to(device, memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-3, total_steps=steps)
+    for step in tqdm(range(steps), desc="training the classifier", disable=None):
+        seed_step(seed, step)
+        images, labels = train.batch(batch_indices(len(train), batch_size, step, seed))
+        _, _, logits = model(augment(images).to(device))
+        F.cross_entropy(logits, labels.to(device), label_smoothing=0.1).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+    model.eval()
+    hits = []
+    with torch.no_grad():
+        for chunk in torch.arange(min(len(val), 10_000)).split(500):
+            images, labels = val.batch(chunk)
+            hits.append(model(images.to(device))[2].argmax(-1).cpu() == labels)
+    return model, torch.cat(hits).double().mean().item()
+
+
+def load_classifier(path, kind, train, val, args):
+    """The classifier of a file, of kind JUDGE or CRITIC; trained and kept there when absent."""
+    path = Path(path)
+    if not path.exists():
+        print(f"training a classifier of {args.data} for {path}, minutes on a CPU")
+        model, accuracy = train_classifier(train, val, args.image_size, device=args.device, **kind)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_checkpoint(path, "classifier", data=args.data, image_size=args.image_size, classes=train.class_names,
+                        **kind, accuracy=accuracy, model=model.state_dict())
+    saved = read_checkpoint(path, "classifier", args.device)
+    mine = dict(data=args.data, image_size=args.image_size, classes=train.class_names, **kind)
+    for k, v in mine.items():
+        if saved.get(k) != v:
+            raise UserError(f"{path} is of {k} {saved.get(k)}, this run needs {v}: delete it, or name another file")
+    model = Classifier(len(train.class_names), args.image_size, kind["widths"])
+    model.load_state_dict(saved["model"])
+    if args.rank == 0:
+        print(f"{path}: test accuracy {saved['accuracy']:.1%}")
+    return model.to(args.device, memory_format=torch.channels_last).eval().requires_grad_(False)
 
 
 class Discriminator(torch.nn.Module):
@@ -1195,7 +1299,10 @@ def parse_args(argv=None):
     add("--finetune-decoder", metavar="FILE", help="train the decoder of this tokenizer.pt alone, at the full level: "
         "its codes, and any generator of them, stay as they are")
     add = parser.add_argument_group("losses, beside the squared error").add_argument
-    add("--perceptual", type=float, default=p["perceptual"], help="weight of LPIPS, 0 = without (and no download)")
+    add("--perceptual", type=float, default=p["perceptual"], help="weight of the perceptual loss, 0 = without")
+    add("--perceptual-start", type=int, default=0, help="step at which the perceptual loss begins")
+    add("--perceptual-net", metavar="NET", default="vgg", help="its features: vgg is LPIPS of VGG16, downloaded; else "
+        "the file of a small classifier of the data, trained and kept there when absent")
     add("--gan", type=float, default=p["gan"], help="weight of the adversarial loss, full level only; 0 = without")
     add("--gan-start", type=int, default=p["gan_start"], help="step at which the adversarial loss begins")
     add("--lecam", type=float, default=p["lecam"], help="weight of LeCAM in the discriminator's loss")
@@ -1254,6 +1361,7 @@ def training_step(step, parts, wrapped, loader, lpips, meter, args):
     parts: the run's models and optimizers; wrapped: the models as a step calls them (see wrap).
     """
     model, critic = parts["model"], parts.get("critic") if step >= args.gan_start else None
+    lpips = lpips if step >= args.perceptual_start else None
     seed_step(args.seed, step)
     levels = draw_levels(args.batch_size, args.num_tokens, args.flat or args.finetune_decoder)
     vectors, codes, logits = [], [], []
@@ -1332,7 +1440,11 @@ def plan_costs(config, args):
     """cost_of_image of model and losses; the discriminator's own step, 3 % more, is left out."""
     with without_memory(args.device):
         model, critic = SpectralTokenizer(config), Discriminator() if args.gan else None
-        lpips = LPIPS().requires_grad_(False) if args.perceptual else None
+        lpips = None
+        if args.perceptual and args.perceptual_net == "vgg":
+            lpips = LPIPS().requires_grad_(False)
+        elif args.perceptual:
+            lpips = Classifier(10, config.image_size, CRITIC["widths"]).eval().requires_grad_(False).distance
         if args.finetune_decoder:
             freeze_codes(model)
         if args.grad_checkpoint:
@@ -1345,6 +1457,13 @@ def plan_costs(config, args):
         return cost_of_image(compute, model)
 
 
+def load_perceptual(train, val, args):
+    """The perceptual distance of --perceptual-net: a function of two batches of images in [-1, 1]."""
+    if args.perceptual_net == "vgg":
+        return first_rank_first(lambda: load_lpips(args.vgg, args.lpips_weights, args.device), args)
+    return first_rank_first(lambda: load_classifier(args.perceptual_net, CRITIC, train, val, args), args).distance
+
+
 def main(args):
     share_work(args)
     share_batch(args)
@@ -1355,9 +1474,7 @@ def main(args):
     parts = build(config, source, args)
     model = parts["model"]
     start = restore(path, "tokenizer", parts, args)["step"] if args.resume else 0
-    lpips = None
-    if args.perceptual:
-        lpips = first_rank_first(lambda: load_lpips(args.vgg, args.lpips_weights, args.device), args)
+    lpips = load_perceptual(train, val, args) if args.perceptual else None
     peak = choose_dtype(args)
     log = Log(args.out / "log-tokenizer.jsonl", args, model)
     print(f"{len(train):,} training and {len(val):,} held-out images, {len(train.class_names)} classes")
