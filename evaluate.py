@@ -645,7 +645,8 @@ def probe(args):
               f"fitted on {fit:,}; entropy: of a token by itself; bits: the GPT needs, told the class and those before")
     rows = [dict(token=i + 1, **{name: curve[i] for name, curve in curves.items()}) for i in range(N)]
     rows.append(dict(token="mean", **{name: sum(curve[1:]) / (N - 1) for name, curve in curves.items()}))
-    return rows, {}
+    return rows, dict(checkpoint=[fingerprint(tokenizer) for tokenizer, _ in models.values()], against=args.against,
+                      counts=[len(part[1]) for part in parts])
 
 
 def load_run(out, args):

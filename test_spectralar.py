@@ -33,10 +33,10 @@ from spectralar import (GPT, FailedRun, GPTConfig, SpectralTokenizer, TokenizerC
                         additive, attention, band_edges, causal_mask, code_fingerprint, dct2, dct_matrix, decoder_mask,
                         encoder_mask, fingerprint, guidance_scale, idct2, load_generator, load_gpt, load_tokenizer,
                         low_pass, sample, save_checkpoint, uniforms)
-from train_tokenizer import (JUDGE, LPIPS, PRESETS, SHAPES, Cifar, Classifier, Discriminator, Folder, Log, Shapes,
-                             any_crop, batch_indices, center_crop, codebook_use, cost, download, draw_levels, hinge_loss,
-                             lecam_loss, load_classifier, lr_at, make_optimizer, open_folder, psnr,
-                             reconstruction_losses, recompute_blocks, run, to_float, upright_rgb, update_ema)
+from train_tokenizer import (JUDGE, LPIPS, PRESETS, SHAPES, Cifar, Classifier, ClassifierDistance, Discriminator,
+                             Folder, Log, Shapes, any_crop, batch_indices, center_crop, codebook_use, cost, download,
+                             draw_levels, hinge_loss, lecam_loss, load_classifier, lr_at, make_optimizer, open_folder,
+                             psnr, reconstruction_losses, recompute_blocks, run, to_float, upright_rgb, update_ema)
 
 torch.set_num_threads(1)                # tiny tensors: threads would only cost time
 P, N, K, D = 16, 6, 32, 32              # 16 px in patches of 4 px
@@ -1016,8 +1016,9 @@ def test_classifier_distance_is_that_of_unit_features():
     images = [to_float(pictures(i, 3, 16, 16)) for i in (1, 2)]
     expected = sum((F.normalize(x, dim=1) - F.normalize(y, dim=1)).square().sum(1).mean((1, 2))
                    for x, y in zip(*map(stages, images)))
-    assert torch.allclose(model.distance(*images), expected, rtol=1e-4) and expected.min() > 0.1
-    assert model.distance(images[0], images[0]).tolist() == [0, 0, 0]
+    distance = ClassifierDistance(model)
+    assert torch.allclose(distance(*images), expected, rtol=1e-4) and expected.min() > 0.1
+    assert distance(images[0], images[0]).tolist() == [0, 0, 0]
     assert torch.allclose(model(pictures(1, 3, 16, 16))[0], stages(images[0])[-1].mean((2, 3)), rtol=1e-4)
 
 

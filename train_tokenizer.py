@@ -56,23 +56,26 @@ PRESETS = {
         image_size=32, patch_size=4, num_tokens=16, codebook_size=512, code_dim=16, width=128, depth=4, heads=4,
         power=1.5, flat=False,
         steps=2000, batch_size=16, lr=1.5e-3, betas=(0.9, 0.99), weight_decay=1e-4, warmup=100, hold=0.0, clip=1.0,
-        ema=0.995, perceptual=0.0, gan=0.0, gan_start=0, lecam=0.001, eval_every=1000, eval_images=512,
+        ema=0.995, perceptual=0.0, perceptual_start=0, perceptual_net="vgg", gan=0.0, gan_start=0, lecam=0.001,
+        eval_every=1000, eval_images=512,
         gpt=dict(width=192, depth=4, heads=6, steps=1500, batch_size=64, lr=1e-3, betas=(0.9, 0.95), weight_decay=0.05,
                  warmup=100, hold=0.5, clip=2.0, ema=0.99, label_drop=0.1, views="flip", code_images=20000,
                  eval_every=500)),
-    "cifar": dict(       # an hour or two on a CPU
+    "cifar": dict(       # an hour on a CPU core, half of it for the generator
         image_size=32, patch_size=4, num_tokens=64, codebook_size=1024, code_dim=16, width=192, depth=4, heads=6,
         power=1.5, flat=False,
-        steps=5500, batch_size=16, lr=1e-3, betas=(0.9, 0.99), weight_decay=1e-4, warmup=200, hold=0.0, clip=1.0,
-        ema=0.995, perceptual=0.0, gan=0.0, gan_start=0, lecam=0.001, eval_every=500, eval_images=512,
-        gpt=dict(width=256, depth=6, heads=8, steps=3000, batch_size=64, lr=1e-3, betas=(0.9, 0.95), weight_decay=0.05,
+        steps=4500, batch_size=16, lr=1e-3, betas=(0.9, 0.99), weight_decay=1e-4, warmup=200, hold=0.0, clip=1.0,
+        ema=0.995, perceptual=0.2, perceptual_start=2500, perceptual_net="classifier", gan=0.02, gan_start=2500,
+        lecam=0.001, eval_every=500, eval_images=512,
+        gpt=dict(width=256, depth=6, heads=8, steps=2200, batch_size=64, lr=1e-3, betas=(0.9, 0.95), weight_decay=0.05,
                  warmup=200, hold=0.5, clip=2.0, ema=0.995, label_drop=0.1, views="flip", code_images=None,
                  eval_every=500)),
     "imagenet": dict(    # the paper's size: ViT-B encoder and decoder, d16 generator
         image_size=256, patch_size=16, num_tokens=64, codebook_size=4096, code_dim=16, width=768, depth=12, heads=12,
         power=1.5, flat=False,
         steps=1_000_000, batch_size=256, lr=1e-4, betas=(0.9, 0.99), weight_decay=1e-4, warmup=10_000, hold=0.0,
-        clip=1.0, ema=0.999, perceptual=1.0, gan=0.1, gan_start=200_000, lecam=0.001, eval_every=5000, eval_images=512,
+        clip=1.0, ema=0.999, perceptual=1.0, perceptual_start=0, perceptual_net="vgg", gan=0.1, gan_start=200_000,
+        lecam=0.001, eval_every=5000, eval_images=512,
         gpt=dict(width=None, depth=16, heads=None, steps=333_600, batch_size=768, lr=3e-4, betas=(0.9, 0.95),
                  weight_decay=0.05, warmup=6672, hold=0.5, clip=2.0, ema=0.9999, label_drop=0.1, views="ten-crop",
                  code_images=None, eval_every=5000)),
@@ -568,9 +571,17 @@ class Classifier(torch.nn.Module):
         features = x.mean((2, 3))
         return features, None, self.head(features)
 
-    def distance(self, a, b):
-        """LPIPS's distance without its learned weights: images in [-1, 1] (B, 3, S, S), twice -> (B,)."""
-        return sum((unit(x) - unit(y)).square().sum(1).mean((1, 2)) for x, y in zip(self.taps(a), self.taps(b)))
+
+class ClassifierDistance(torch.nn.Module):
+    """LPIPS's distance, without its learned weights, of a classifier's features: images as LPIPS's -> (B,)."""
+
+    def __init__(self, classifier):
+        super().__init__()
+        self.classifier = classifier
+
+    def forward(self, a, b):
+        return sum((unit(x) - unit(y)).square().sum(1).mean((1, 2))
+                   for x, y in zip(self.classifier.taps(a), self.classifier.taps(b)))
 
 
 JUDGE = dict(widths=(32, 48, 96, 192), seed=0)
@@ -1300,9 +1311,9 @@ def parse_args(argv=None):
         "its codes, and any generator of them, stay as they are")
     add = parser.add_argument_group("losses, beside the squared error").add_argument
     add("--perceptual", type=float, default=p["perceptual"], help="weight of the perceptual loss, 0 = without")
-    add("--perceptual-start", type=int, default=0, help="step at which the perceptual loss begins")
-    add("--perceptual-net", metavar="NET", default="vgg", help="its features: vgg is LPIPS of VGG16, downloaded; else "
-        "the file of a small classifier of the data, trained and kept there when absent")
+    add("--perceptual-start", type=int, default=p["perceptual_start"], help="step at which the perceptual loss begins")
+    add("--perceptual-net", metavar="NET", default=p["perceptual_net"], help="its features: vgg is LPIPS, downloaded; "
+        "classifier one of the data, trained and kept as perceptual.pt in --out; else such a file")
     add("--gan", type=float, default=p["gan"], help="weight of the adversarial loss, full level only; 0 = without")
     add("--gan-start", type=int, default=p["gan_start"], help="step at which the adversarial loss begins")
     add("--lecam", type=float, default=p["lecam"], help="weight of LeCAM in the discriminator's loss")
@@ -1440,11 +1451,7 @@ def plan_costs(config, args):
     """cost_of_image of model and losses; the discriminator's own step, 3 % more, is left out."""
     with without_memory(args.device):
         model, critic = SpectralTokenizer(config), Discriminator() if args.gan else None
-        lpips = None
-        if args.perceptual and args.perceptual_net == "vgg":
-            lpips = LPIPS().requires_grad_(False)
-        elif args.perceptual:
-            lpips = Classifier(10, config.image_size, CRITIC["widths"]).eval().requires_grad_(False).distance
+        lpips = blank_perceptual(args) if args.perceptual else None
         if args.finetune_decoder:
             freeze_codes(model)
         if args.grad_checkpoint:
@@ -1458,10 +1465,25 @@ def plan_costs(config, args):
 
 
 def load_perceptual(train, val, args):
-    """The perceptual distance of --perceptual-net: a function of two batches of images in [-1, 1]."""
+    """The perceptual distance, a function of two batches of images in [-1, 1]; None when no step asks for it."""
+    if not args.perceptual or args.perceptual_start >= args.steps:
+        return None
+    if args.dry_run:
+        return blank_perceptual(args).to(args.device)
     if args.perceptual_net == "vgg":
         return first_rank_first(lambda: load_lpips(args.vgg, args.lpips_weights, args.device), args)
-    return first_rank_first(lambda: load_classifier(args.perceptual_net, CRITIC, train, val, args), args).distance
+    if len(train.class_names) == 1:
+        print("one class teaches a classifier nothing: no perceptual loss (--perceptual-net vgg would be one)")
+        return None
+    path = args.out / "perceptual.pt" if args.perceptual_net == "classifier" else args.perceptual_net
+    return ClassifierDistance(first_rank_first(lambda: load_classifier(path, CRITIC, train, val, args), args))
+
+
+def blank_perceptual(args):
+    """The perceptual distance without its weights: enough for a plan."""
+    small = args.perceptual_net != "vgg"
+    model = ClassifierDistance(Classifier(2, args.image_size, CRITIC["widths"])) if small else LPIPS()
+    return model.eval().requires_grad_(False)
 
 
 def main(args):
@@ -1474,7 +1496,7 @@ def main(args):
     parts = build(config, source, args)
     model = parts["model"]
     start = restore(path, "tokenizer", parts, args)["step"] if args.resume else 0
-    lpips = load_perceptual(train, val, args) if args.perceptual else None
+    lpips = load_perceptual(train, val, args)
     peak = choose_dtype(args)
     log = Log(args.out / "log-tokenizer.jsonl", args, model)
     print(f"{len(train):,} training and {len(val):,} held-out images, {len(train.class_names)} classes")
