@@ -551,32 +551,34 @@ def reconstruction(args):
 def truncation(args):
     """Reconstructions, and samples where there is a gpt.pt, of the first k tokens; truncation.png and levels.png."""
     tokenizer = load_tokenizer(args.out / "tokenizer.pt", args.device)
-    args.image_size, edges = tokenizer.config.image_size, tokenizer.edges.tolist()
+    args.image_size = tokenizer.config.image_size
     (train, val), network = open_data(args), load_network(args)
     levels = args.levels or spread_levels(tokenizer.config.num_tokens)
-    rows, more = measure_reconstructions(tokenizer, network, val, levels, args)
+    reconstructions, more = measure_reconstructions(tokenizer, network, val, levels, args)
     samples = [{}] * len(levels)
     if (args.out / "gpt.pt").exists():
         gpt, its_tokenizer, _ = load_models(args)
         samples, more["samples"] = measure_samples(gpt, its_tokenizer, network, train, levels, args)
-    octave = {"0": 0, "1": 1} | {f"{2 ** b}-{2 ** (b + 1) - 1}": 2 ** b for b in range(1, len(rows[0]["bands"]) - 1)}
-    for i, (level, row, sample) in enumerate(zip(levels, rows, samples)):
-        window = edges[level - 1]
-        bands = {f"band {name}": energy if first < window else None                 # none is let through
-                 for (name, first), energy in zip(octave.items(), row.pop("bands"))}
-        rows[i] = dict(tokens=row.pop("tokens"), window=window) | row | {f"g{k}": v for k, v in sample.items()} | bands
+    octave = [0] + [2 ** b for b in range(len(reconstructions[0]["bands"]) - 1)]        # lowest frequency of each band
+    rows = []
+    for k, reconstruction, sample in zip(levels, reconstructions, samples):
+        window, bands = tokenizer.edges[k - 1].item(), reconstruction.pop("bands")
+        rows.append(dict(tokens=k, window=window) | reconstruction | {f"g{name}": v for name, v in sample.items()}
+                    | {f"band {low}": energy if low < window else None for low, energy in zip(octave, bands)})
     if args.rank == 0:
-        def panel(title, *columns):
+        def panel(title, lines):
             return dict(title=title, x="tokens", log=True, lines={
                 name: [(row["tokens"], row[column]) for row in rows if row[column] is not None]
-                for name, column in columns if column in rows[0]})
+                for column, name in lines.items() if column in rows[0]})
         distance = "FD-classifier" if args.features == "classifier" else "FID"
         plot(args.out / "truncation.png", [
-            panel("PSNR (dB)", ("reconstructions", "PSNR")),
-            panel(distance, ("reconstructions", f"r{distance}"), ("samples", f"g{distance}")),
-            panel("energy by band, against the data's (dB)", *((name, f"band {name}") for name in octave))])
+            panel("PSNR (dB)", {"PSNR": "reconstructions"}),
+            panel(distance, {f"r{distance}": "reconstructions", f"g{distance}": "samples"}),
+            panel("energy by frequency, against the data's (dB)", {
+                f"band {low}": f"{low}-{2 * low - 1}" if low > 1 else f"{low}" for low in octave})])
         draw_levels(args.out / "levels.png", tokenizer, val, levels, args)
-        print(f"{args.out / 'truncation.png'}, {args.out / 'levels.png'}; energy by band in dB against the data's")
+        print(f"{args.out / 'truncation.png'}, {args.out / 'levels.png'}; r: reconstructions, g: samples; band f: the "
+              f"energy of frequencies f .. 2f-1 in dB against the data's")
     return rows, more
 
 
@@ -633,14 +635,14 @@ def probe(args):
         moments = [second_moments(len(part[1]), partial(read, *part), args) for part in parts]
         curves["R2 patches"] = ridge_r2(moments, torch.arange(N), N)
     if args.rank == 0:
-        place = list(range(1, N + 1))
-        def name(column):
-            return column.replace("R2", "").replace("against", Path(args.against or "").name).strip()
+        def panel(title, x, names, first):
+            return dict(title=title, x=x, lines={
+                name.replace("R2 ", "").replace("R2", "in order").replace("against", Path(args.against or "").name):
+                [(i + 1, curves[name][i]) for i in range(first, N)] for name in names})
+        linear = [name for name in curves if name.startswith("R2")]
         plot(args.out / "probe.png", [
-            dict(title="R2 from the tokens before", x="place in the order", lines={
-                name(c) or "in order": [*zip(place, y)][1:] for c, y in curves.items() if c.startswith("R2")}),
-            dict(title="bits a token", x="token", lines={
-                name(c): [*zip(place, y)] for c, y in curves.items() if not c.startswith("R2")})])
+            panel("R2 from the tokens before", "place in the order", linear, 1),
+            panel("bits a token", "token", [name for name in curves if name not in linear], 0)])
         print(f"{args.out / 'probe.png'}; R2: of a token from those before it, {len(parts[2][1]):,} held-out images, "
               f"fitted on {fit:,}; entropy: of a token by itself; bits: the GPT needs, told the class and those before")
     rows = [dict(token=i + 1, **{name: curve[i] for name, curve in curves.items()}) for i in range(N)]
@@ -681,6 +683,7 @@ def second_moments(count, read, args):
     return mu, sigma * ((count - 1) / count)
 
 
+PENALTIES = [10.0 ** k for k in range(-6, 3)]          # of the mean variance of a column
 ORDERS = {"": torch.arange, " reversed": lambda N: torch.arange(N).flip(0),
           " shuffled": lambda N: torch.randperm(N, generator=torch.Generator().manual_seed(0))}
 
@@ -707,9 +710,6 @@ def ridge_r2(moments, order, N):
     variance = test.diagonal().unflatten(0, (N, d)).sum(1)
     r2 = torch.where(variance > 1e-12, 1 - errors[best, 1, torch.arange(N)] / variance, 0)      # 0: nothing to tell
     return [0.0] + r2[1:].tolist()
-
-
-PENALTIES = [10.0 ** k for k in range(-6, 3)]      # of the mean variance of a column
 
 
 def patch_sides(S, N):
