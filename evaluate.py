@@ -508,19 +508,19 @@ def measure_reconstructions(tokenizer, network, val, levels, args):
     if args.lpips:
         lpips = first_rank_first(lambda: load_lpips(args.vgg, args.lpips_weights, args.device), args)
     chosen = pick(len(val), args.num)
-    count, rows = len(chosen), []
+    count, rows, codes, labels = len(chosen), [], {}, {}                        # codes and labels: by a batch's start
     originals = extract("originals", count, lambda a, b: val.batch(chosen[a:b])[0], network, args)
     for level in levels:
-        codes, labels, scores, energy = [], [], [], []
+        scores, energy = [], []
 
         def reconstruct(start, stop):
-            images, label = val.batch(chosen[start:stop])
+            images, labels[start] = val.batch(chosen[start:stop])
             images = images.to(args.device)
-            code = tokenizer.encode(to_float(images))
-            result = to_uint8(tokenizer.decode(code, level))
+            if start not in codes:
+                codes[start] = tokenizer.encode(to_float(images))
+            result = to_uint8(tokenizer.decode(codes[start], level))
             scores.append(torch.stack([psnr(result, images).double(), ssim(result, images)] + (
                 [lpips(to_float(result), to_float(images)).double()] if lpips else [])).T.cpu())
-            codes.append(code.cpu()), labels.append(label)
             energy.append(torch.stack([band_energy(to_float(x)) for x in (result, images)]))
             return result
         features = extract(f"{level} tokens", count, reconstruct, network, args)
@@ -528,11 +528,12 @@ def measure_reconstructions(tokenizer, network, val, levels, args):
         row = {"tokens": level, **{f"r{name}": value for name, value in distance.items()},
                **dict(zip(("PSNR", "SSIM", "LPIPS"), gather(torch.cat(scores)).mean(0).tolist()))}
         if args.features == "classifier":
-            row["accuracy"] = (features.logits.argmax(-1) == gather(torch.cat(labels))).double().mean().item()
+            truth = gather(torch.cat([*labels.values()]))
+            row["accuracy"] = (features.logits.argmax(-1) == truth).double().mean().item()
         energy = torch.stack(energy).sum(0)
         all_sum(energy, args.device)
         rows.append(row | dict(bands=(10 * (energy[0] / energy[1]).log10()).tolist()))
-    used, perplexity, _ = codebook_use(gather(torch.cat(codes)), tokenizer.config.codebook_size)
+    used, perplexity, _ = codebook_use(gather(torch.cat([*codes.values()]).cpu()), tokenizer.config.codebook_size)
     return rows, dict(checkpoint=fingerprint(tokenizer), counts=[count, count], reference="held-out images",
                       codebook_used=used, codebook_perplexity=perplexity)
 
