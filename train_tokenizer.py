@@ -537,7 +537,7 @@ class Classifier(torch.nn.Module):
     """Small residual network for small images: uint8 (B, 3, S, S) -> features (B, C), None, logits (B, classes).
 
     Trained on the spot, so with no download. evaluate.py measures with one (JUDGE), and another one may stand in for
-    VGG16 in the perceptual loss (CRITIC), which must not be the judge.
+    VGG16 in the perceptual loss (PERCEPTUAL): a loss must not be its own judge.
     """
 
     def __init__(self, num_classes, image_size, widths):
@@ -585,7 +585,7 @@ class ClassifierDistance(torch.nn.Module):
 
 
 JUDGE = dict(widths=(32, 48, 96, 192), seed=0)
-CRITIC = dict(widths=(32, 64, 128, 128), seed=1)       # other weights, of another size
+PERCEPTUAL = dict(widths=(32, 64, 128, 128), seed=1)       # other weights, of another size
 
 
 def augment(images):
@@ -622,7 +622,7 @@ def train_classifier(train, val, image_size, widths, seed, device, steps=3000, b
 
 
 def load_classifier(path, kind, train, val, args):
-    """The classifier of a file, of kind JUDGE or CRITIC; trained and kept there when absent."""
+    """The classifier of a file, of kind JUDGE or PERCEPTUAL; trained and kept there when absent."""
     path = Path(path)
     if not path.exists():
         print(f"training a classifier of {args.data} for {path}, minutes on a CPU")
@@ -1466,7 +1466,10 @@ def plan_costs(config, args):
 
 def load_perceptual(train, val, args):
     """The perceptual distance, a function of two batches of images in [-1, 1]; None when no step asks for it."""
-    if not args.perceptual or args.perceptual_start >= args.steps:
+    if not args.perceptual:
+        return None
+    if args.perceptual_start >= args.steps:
+        print(f"the run ends before step {args.perceptual_start}, at which the perceptual loss begins: it has none")
         return None
     if args.dry_run:
         return blank_perceptual(args).to(args.device)
@@ -1476,13 +1479,13 @@ def load_perceptual(train, val, args):
         print("one class teaches a classifier nothing: no perceptual loss (--perceptual-net vgg would be one)")
         return None
     path = args.out / "perceptual.pt" if args.perceptual_net == "classifier" else args.perceptual_net
-    return ClassifierDistance(first_rank_first(lambda: load_classifier(path, CRITIC, train, val, args), args))
+    return ClassifierDistance(first_rank_first(lambda: load_classifier(path, PERCEPTUAL, train, val, args), args))
 
 
 def blank_perceptual(args):
     """The perceptual distance without its weights: enough for a plan."""
     small = args.perceptual_net != "vgg"
-    model = ClassifierDistance(Classifier(2, args.image_size, CRITIC["widths"])) if small else LPIPS()
+    model = ClassifierDistance(Classifier(2, args.image_size, PERCEPTUAL["widths"])) if small else LPIPS()
     return model.eval().requires_grad_(False)
 
 
