@@ -349,12 +349,17 @@ class Features:
     logits: torch.Tensor = None        # (n, classes)
 
 
+def own_share(count, args):
+    """(first, last): this rank's consecutive share of so many images."""
+    return count * args.rank // args.ranks, count * (args.rank + 1) // args.ranks
+
+
 def extract(name, count, read, network, args):
     """Features of a set of images; each rank takes a consecutive share."""
     if count < max(2, args.ranks):
         raise UserError(f"{name}: {count} image(s), at least {max(2, args.ranks)} are needed for a covariance and "
                         f"{args.ranks} process(es)")
-    first, last = (count * r // args.ranks for r in (args.rank, args.rank + 1))
+    first, last = own_share(count, args)
     moments = kept = None
     for start in tqdm(range(first, last, args.batch_size), desc=str(name), disable=None if args.rank == 0 else True):
         stop = min(start + args.batch_size, last)
@@ -663,7 +668,7 @@ def load_run(out, args):
 @torch.no_grad()
 def encode_images(tokenizer, data, chosen, args):
     """Codes (n, N) and labels (n,) of the images chosen, in their order, on every rank."""
-    first, last = (len(chosen) * r // args.ranks for r in (args.rank, args.rank + 1))
+    first, last = own_share(len(chosen), args)
     codes, labels = [], []
     for part in tqdm(chosen[first:last].split(args.batch_size), desc="encoding", disable=args.rank > 0 or None):
         images, label = data.batch(part)
@@ -674,7 +679,7 @@ def encode_images(tokenizer, data, chosen, args):
 @torch.no_grad()
 def second_moments(count, read, args):
     """Mean (N d,) and second moment about it (N d, N d) of N vectors of width d an image: read(a, b) -> (b-a, N, d)."""
-    first, last = (count * r // args.ranks for r in (args.rank, args.rank + 1))
+    first, last = own_share(count, args)
     moments = None
     for start in tqdm(range(first, last, 512), desc="moments", disable=args.rank > 0 or None):
         rows = read(start, min(start + 512, last)).flatten(1)
@@ -789,11 +794,11 @@ def parse_args(argv=None):
     parser.add_argument("paths", nargs="*", help="compare: SAMPLES REFERENCE; stats: IMAGES FILE.npz")
     add = parser.add_argument_group("measure").add_argument
     add("--features", choices=("inception", "classifier"),
-        help="default: the classifier for generation and reconstruction of shapes and CIFAR, else inception")
+        help="default: the classifier for runs on shapes and CIFAR, inception for all else")
     add("--inception", metavar="FILE", help="weights of Inception (default: downloaded once)")
     add("--classifier", metavar="FILE", help="the judge: trained and kept there when absent (default: classifier.pt in "
         "--out); runs to be compared need the same")
-    add("--reference", metavar="PATH", help="generation: what to compare with (default: up to 50,000 training images)")
+    add("--reference", metavar="PATH", help="what to compare samples with (default: up to 50,000 training images)")
     add("--num", type=int, help="images to sample (default: 50,000; classifier: 10,000), reconstruct (all held out), "
         "to fit the probe to (50,000)")
     add("--levels", help="reconstruction: numbers of tokens, 1,2,4 (default: all tokens; truncation: 1, 2, 4 ...)")

@@ -1589,7 +1589,7 @@ def test_classifier_learns_the_classes_and_is_kept(judged, capsys):
     assert f"test accuracy {saved['accuracy']:.1%}" in capsys.readouterr().out
 
 
-def test_classifier_of_the_data_judges_what_looks_alike(tmp_path, capsys, monkeypatch):
+def test_perceptual_loss_takes_a_classifier_of_the_data(tmp_path, capsys, monkeypatch):
     """--perceptual-net: trained once, then read; never the judge's."""
     monkeypatch.setattr(train_tokenizer.train_classifier, "__defaults__", (2, 8))
     net, flags = tmp_path / "new" / "net.pt", "--perceptual 0.5 --perceptual-net {} --steps 2 --log-every 1"

@@ -1484,8 +1484,10 @@ def load_perceptual(train, val, args):
 
 def blank_perceptual(args):
     """The perceptual distance without its weights: enough for a plan."""
-    small = args.perceptual_net != "vgg"
-    model = ClassifierDistance(Classifier(2, args.image_size, PERCEPTUAL["widths"])) if small else LPIPS()
+    if args.perceptual_net == "vgg":
+        model = LPIPS()
+    else:
+        model = ClassifierDistance(Classifier(2, args.image_size, PERCEPTUAL["widths"]))
     return model.eval().requires_grad_(False)
 
 
