@@ -77,7 +77,8 @@ def band_edges(num_tokens, image_size, power):
     """(N,) long: w_i, the side of the spectral window of the first i tokens; non-decreasing, the last is image_size.
 
     NOTE the paper (Eq. 9) leaves its mapping's constants open; here w_i = round(S (i/N)^power), at least 1.
-    power 1 is the paper's uniform mapping; above 1 early tokens own narrow low bands and late ones wide high bands.
+    power 1 is the paper's uniform mapping; above 1 early tokens own narrow low bands and late ones wide high bands;
+    0.5 gives every token as many new frequencies (w_i^2 grows evenly).
     band_edges(4, 32, 1) = [8, 16, 24, 32]; band_edges(4, 32, 2) = [2, 8, 18, 32].
     """
     if num_tokens > image_size ** 2:

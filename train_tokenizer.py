@@ -63,7 +63,7 @@ PRESETS = {
                  eval_every=500)),
     "cifar": dict(       # an hour on a CPU core, half of it for the generator
         image_size=32, patch_size=4, num_tokens=64, codebook_size=1024, code_dim=16, width=192, depth=4, heads=6,
-        power=1.5, flat=False,
+        power=0.5, flat=False,
         steps=4500, batch_size=16, lr=1e-3, betas=(0.9, 0.99), weight_decay=1e-4, warmup=200, hold=0.0, clip=1.0,
         ema=0.995, perceptual=0.2, perceptual_start=2500, perceptual_net="classifier", gan=0.02, gan_start=2500,
         lecam=0.001, eval_every=500, eval_images=512,
