@@ -556,14 +556,15 @@ def reconstruction(args):
 
 def truncation(args):
     """Reconstructions, and samples where there is a gpt.pt, of the first k tokens; truncation.png and levels.png."""
+    models = load_models(args) if (args.out / "gpt.pt").exists() else None      # first, see there for MKL
     tokenizer = load_tokenizer(args.out / "tokenizer.pt", args.device)
     args.image_size = tokenizer.config.image_size
     (train, val), network = open_data(args), load_network(args)
     levels = args.levels or spread_levels(tokenizer.config.num_tokens)
     reconstructions, more = measure_reconstructions(tokenizer, network, val, levels, args)
     samples = [{}] * len(levels)
-    if (args.out / "gpt.pt").exists():
-        gpt, its_tokenizer, _ = load_models(args)
+    if models:
+        gpt, its_tokenizer, _ = models
         samples, more["samples"] = measure_samples(gpt, its_tokenizer, network, train, levels, args)
     octave = [0] + [2 ** b for b in range(len(reconstructions[0]["bands"]) - 1)]        # lowest frequency of each band
     rows = []
@@ -767,9 +768,13 @@ def plot(path, panels):
         for y in ticks(low, high):
             draw.line([at(xs[0], y), at(xs[-1], y)], fill="#dddddd", width=z)
             draw.text((left - z * 6, at(xs[0], y)[1]), f"{y:g}", fill="black", font=font, anchor="rm")
-        for x in xs if panel.get("log") else ticks(xs[0], xs[-1], 8):
-            draw.line([at(x, low), (at(x, low)[0], bottom + z * 4)], fill="black", width=z)
-            draw.text((at(x, low)[0], bottom + z * 7), f"{x:g}", fill="black", font=font, anchor="mt")
+        free = math.inf                                                         # no label reaches past this
+        for x in reversed(xs if panel.get("log") else ticks(xs[0], xs[-1], 8)):
+            center, half = at(x, low)[0], font.getlength(f"{x:g}") / 2
+            draw.line([(center, bottom), (center, bottom + z * 4)], fill="black", width=z)
+            if center + half < free:
+                draw.text((center, bottom + z * 7), f"{x:g}", fill="black", font=font, anchor="mt")
+                free = center - half - z * 3
         draw.line([(left, bottom), (right, bottom)], fill="black", width=z)
         draw.text(((left + right) / 2, z * (height - 6)), panel["x"], fill="black", font=font, anchor="mb")
         for colour, line in zip(COLOURS, panel["lines"].values()):
