@@ -33,9 +33,10 @@ from tqdm import tqdm
 from sample import add_sampling_flags, balanced_labels, check_sampling_flags, draw_codes, load_models, sampling
 from spectralar import UNREADABLE, UserError, dct2, fingerprint, load_generator, load_tokenizer, low_pass
 from train_gpt import evaluate as measure_bits
-from train_tokenizer import (CIFAR, JUDGE, all_sum, base_parser, codebook_use, download, finish_args, first_rank_first,
-                             gather, images_below, load_classifier, load_lpips, open_data, pick, psnr, run, save_grid,
-                             share_work, spread_levels, to_float, to_uint8, versions, weights_folder)
+from train_tokenizer import (CIFAR, JUDGE, all_sum, base_parser, codebook_use, download, effective_rank, finish_args,
+                             first_rank_first, gather, images_below, load_classifier, load_lpips, open_data, pick,
+                             psnr, run, save_grid, share_work, spread_levels, to_float, to_uint8, versions,
+                             weights_folder)
 
 # ------------------------------------------------------------------------------------------------------------------
 # Inception-v3 as in the 2015 TensorFlow graph that FID is defined by
@@ -538,9 +539,11 @@ def measure_reconstructions(tokenizer, network, val, levels, args):
         energy = torch.stack(energy).sum(0)
         all_sum(energy, args.device)
         rows.append(row | dict(bands=(10 * (energy[0] / energy[1]).log10()).tolist()))
-    used, perplexity, _ = codebook_use(gather(torch.cat([*codes.values()]).cpu()), tokenizer.config.codebook_size)
+    codes = gather(torch.cat([*codes.values()]).cpu())
+    used, perplexity, _ = codebook_use(codes, tokenizer.config.codebook_size)
+    rank = effective_rank(tokenizer.quantizer.vectors(codes.unique().to(args.device)))
     return rows, dict(checkpoint=fingerprint(tokenizer), counts=[count, count], reference="held-out images",
-                      codebook_used=used, codebook_perplexity=perplexity)
+                      codebook_used=used, codebook_perplexity=perplexity, codebook_effective_rank=rank)
 
 
 def reconstruction(args):

@@ -35,8 +35,9 @@ from spectralar import (GPT, FailedRun, GPTConfig, SpectralTokenizer, TokenizerC
                         low_pass, sample, save_checkpoint, uniforms)
 from train_tokenizer import (JUDGE, LPIPS, PRESETS, SHAPES, Cifar, Classifier, ClassifierDistance, Discriminator,
                              Folder, Log, Shapes, any_crop, batch_indices, center_crop, codebook_use, cost, download,
-                             draw_levels, hinge_loss, lecam_loss, load_classifier, lr_at, make_optimizer, open_folder,
-                             psnr, reconstruction_losses, recompute_blocks, run, to_float, upright_rgb, update_ema)
+                             draw_levels, effective_rank, hinge_loss, lecam_loss, load_classifier, lr_at,
+                             make_optimizer, open_folder, psnr, reconstruction_losses, recompute_blocks, run, to_float,
+                             upright_rgb, update_ema)
 
 torch.set_num_threads(1)                # tiny tensors: threads would only cost time
 P, N, K, D = 16, 6, 32, 32              # 16 px in patches of 4 px
@@ -762,6 +763,14 @@ def test_codebook_use_by_hand():
     of = lambda *p: math.exp(-sum(x * math.log(x) for x in p))
     assert used == 0.5 and perplexity == pytest.approx(of(3 / 8, 5 / 8))
     assert by_position == pytest.approx([of(1 / 2, 1 / 2), of(1 / 4, 3 / 4)])
+
+
+def test_effective_rank_by_hand():
+    """A line 1, a cross 2, whatever their place; arms of 3 and 1 have shares 3/4 and 1/4; a point is no more than 1."""
+    cross = torch.tensor([[1., 0, 0], [-1, 0, 0], [0, 1, 0], [0, -1, 0]])
+    assert effective_rank(cross[:2] + 5) == pytest.approx(1) and effective_rank(cross - 7) == pytest.approx(2)
+    assert effective_rank(cross * torch.tensor([3., 1, 1])) == pytest.approx(4 / 3 ** 0.75)
+    assert effective_rank(cross[:1]) == 1
 
 
 def test_log_does_without_git(tmp_path, monkeypatch):
@@ -1663,6 +1672,7 @@ def test_reconstruction_is_measured_as_defined(judged):
         expected["rFD-classifier"] = evaluate.frechet_distance(*mine, *numpy_features(judged, images)[1])
         assert row == pytest.approx(expected, rel=1e-6)
     assert record["codebook_used"] == len(codes.unique()) / K and len(record["results"]) == 2
+    assert 1 < record["codebook_effective_rank"] <= tokenizer.config.code_dim
 
 
 @torch.no_grad()

@@ -1253,6 +1253,12 @@ def codebook_use(codes, K):
     return len(codes.unique()) / K, perplexity(codes), [perplexity(c) for c in codes.T]
 
 
+def effective_rank(x):
+    """exp of the entropy of the singular values of rows (n, d) about their mean (Roy, Vetterli 2007): 1 .. d."""
+    p = torch.linalg.svdvals((x - x.mean(0)).double())
+    return torch.special.entr(p / p.sum().clamp(min=1e-30)).sum().exp().item()
+
+
 @torch.no_grad()
 def evaluate(model, data, args):
     """Held-out PSNR of each level against its sub-image and the image, and codebook use; writes recon.png."""
@@ -1276,17 +1282,20 @@ def evaluate(model, data, args):
     shown = 12 if images.shape[-1] <= 64 else 6
     save_grid(args.out / "recon.png", [to_uint8(x[:shown]) for _, x in pictures], [name for name, _ in pictures])
     results = {i: torch.cat(r, 1).mean(1).tolist() for i, r in results.items()}
-    used, perplexity, by_position = codebook_use(torch.cat(all_codes), model.config.codebook_size)
+    codes = torch.cat(all_codes)
+    used, perplexity, by_position = codebook_use(codes, model.config.codebook_size)
     return dict(psnr_sub_image={i: r[0] for i, r in results.items()}, psnr_image={i: r[1] for i, r in results.items()},
-                used=used, perplexity=perplexity, perplexity_by_position=by_position)
+                used=used, perplexity=perplexity, perplexity_by_position=by_position,
+                effective_rank=effective_rank(model.quantizer.vectors(codes.unique())))
 
 
-def print_evaluation(e, edges):
+def print_evaluation(e, edges, code_dim):
     """The evaluation as a small table."""
     print("  tokens  window  PSNR to sub-image  to image")
     for i in e["psnr_image"]:
         print(f"  {i:6d}  {edges[i - 1]:6d}  {e['psnr_sub_image'][i]:14.2f} dB  {e['psnr_image'][i]:5.2f} dB")
-    print(f"  codebook: {e['used']:.1%} used, perplexity {e['perplexity']:.0f}; perplexity by position: " +
+    print(f"  codebook: {e['used']:.1%} used, perplexity {e['perplexity']:.0f}, effective rank "
+          f"{e['effective_rank']:.1f} of {code_dim}; perplexity by position: " +
           " ".join(f"{p:.0f}" for p in e["perplexity_by_position"]), flush=True)
 
 
@@ -1522,7 +1531,7 @@ def main(args):
             log.write(**meter.line(step, lr))
         if evaluates and args.rank == 0:
             evaluation = evaluate(parts["ema"], val, args)
-            print_evaluation(evaluation, model.edges.tolist())
+            print_evaluation(evaluation, model.edges.tolist(), config.code_dim)
             log.write(step=step, **evaluation)
             meter.reset()
         if saves:
