@@ -24,6 +24,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import evaluate
 import sample as sample_script
@@ -34,10 +35,10 @@ from spectralar import (GPT, FailedRun, GPTConfig, SpectralTokenizer, TokenizerC
                         encoder_mask, fingerprint, guidance_scale, idct2, load_generator, load_gpt, load_tokenizer,
                         low_pass, sample, save_checkpoint, uniforms)
 from train_tokenizer import (JUDGE, LPIPS, PRESETS, SHAPES, Cifar, Classifier, ClassifierDistance, Discriminator,
-                             Folder, Log, Shapes, any_crop, batch_indices, center_crop, codebook_use, cost, download,
-                             draw_levels, effective_rank, hinge_loss, lecam_loss, load_classifier, lr_at,
-                             make_optimizer, open_folder, psnr, reconstruction_losses, recompute_blocks, run, to_float,
-                             upright_rgb, update_ema)
+                             Folder, Log, Shapes, any_crop, batch_indices, center_crop, choose_dtype, codebook_use,
+                             cost, download, draw_levels, effective_rank, hinge_loss, lecam_loss, load_classifier, lr_at,
+                             make_optimizer, matmul_speed, open_folder, psnr, reconstruction_losses, recompute_blocks,
+                             run, to_float, upright_rgb, update_ema)
 
 torch.set_num_threads(1)                # tiny tensors: threads would only cost time
 P, N, K, D = 16, 6, 32, 32              # 16 px in patches of 4 px
@@ -1940,3 +1941,35 @@ def test_probe_reports_what_the_codes_hold(judged, tmp_path, capsys, monkeypatch
 def test_ticks_are_round():
     assert evaluate.ticks(0, 1) == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1])
     assert evaluate.ticks(-31, 8) == [-30, -20, -10, 0] and evaluate.ticks(17.9, 23.1) == [18, 19, 20, 21, 22, 23]
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# bugs that were reported: each test fails on the code before its fix
+
+class SlowBfloat16(TorchDispatchMode):
+    """A clock on which a bfloat16 product takes as long as on a CPU without bfloat16: 7.2 s at side 1024."""
+    seconds = 0.0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten.mm.default and args[0].dtype == torch.bfloat16:
+            self.seconds += 7.2 * (len(args[0]) / 1024) ** 3
+        return function(*args, **(kwargs or {}))
+
+
+def test_dtype_is_chosen_within_a_second_where_bfloat16_is_slow(monkeypatch, capsys):
+    """Eight bfloat16 products of side 1024 kept every start waiting for a minute on a CPU without bfloat16."""
+    real = time.perf_counter
+    monkeypatch.setattr(train_tokenizer, "matmul_speed", matmul_speed)  # other tests replace it
+    with SlowBfloat16() as clock:
+        monkeypatch.setattr(time, "perf_counter", lambda: real() + clock.seconds)
+        choose_dtype(Namespace(device="cpu", dtype="auto", ranks=1))
+        assert matmul_speed("cpu", torch.bfloat16) == pytest.approx(2 * 1024 ** 3 / 7.2, rel=0.5)
+    assert 0 < clock.seconds < 1 and "dtype float32 (" in capsys.readouterr().out
+
+
+def test_dtype_that_is_given_is_the_only_one_measured(tmp_path, monkeypatch):
+    """With --dtype float32 the bfloat16 product, slow on many CPUs, was timed all the same."""
+    measured = []
+    monkeypatch.setattr(train_tokenizer, "matmul_speed", lambda device, dtype, *_: measured.append(dtype) or 1e12)
+    call(train_tokenizer, tmp_path / "out", "--steps 1 --dtype float32")
+    assert measured == [torch.float32]

@@ -922,23 +922,37 @@ def new_run(path, args):
         raise UserError(f"cannot make the folder {path.parent} ({e.strerror}): choose another --out") from None
 
 
-def matmul_speed(device, dtype, n=1024):
-    """Floating point operations per second of this machine's n x n matrix product, the best of several."""
-    a = torch.randn(n, n, device=device, dtype=dtype)
-    best = math.inf
-    for _ in range(8):
+def matmul_speed(device, dtype, budget=0.3):
+    """Floating point operations per second of this machine's fastest square product, of side 64, 128 ... 8192.
+
+    The side doubles while the next product is predicted to end within the budget, in seconds.
+    NOTE: a CPU without bfloat16 instructions needs 7 s for a bfloat16 product of side 1024.
+    """
+    def timed(a):
         start = time.perf_counter()
         a @ a
         if a.is_cuda:
             torch.cuda.synchronize(device)
-        best = min(best, time.perf_counter() - start)
-    return 2 * n ** 3 / best
+        return time.perf_counter() - start
+
+    timed(torch.randn(64, 64, device=device, dtype=dtype))              # the first product loads libraries
+    start, speed, n = time.perf_counter(), 0.0, 64
+    while n <= 8192:
+        tick = time.perf_counter()
+        a = torch.randn(n, n, device=device, dtype=dtype)
+        speed = max(speed, 2 * n ** 3 / min(timed(a) for _ in range(4)))
+        now = time.perf_counter()
+        # a side twice as long takes eight times as long
+        if now - start + 8 * (now - tick) > budget:
+            break
+        n *= 2
+    return speed
 
 
 def choose_dtype(args):
     """Settle args.dtype, of the matrix products; returns the FLOP/s of one in it. Prints why. Rank 0 decides."""
-    n = 8192 if args.device.startswith("cuda") else 1024
-    speed = {d: matmul_speed(args.device, d, n) for d in (torch.float32, torch.bfloat16)}
+    candidates = (torch.float32, torch.bfloat16) if args.dtype == "auto" else (getattr(torch, args.dtype),)
+    speed = {d: matmul_speed(args.device, d) for d in candidates}
     if args.ranks > 1:
         message = [speed]
         dist.broadcast_object_list(message)
