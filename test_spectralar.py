@@ -1973,3 +1973,18 @@ def test_dtype_that_is_given_is_the_only_one_measured(tmp_path, monkeypatch):
     monkeypatch.setattr(train_tokenizer, "matmul_speed", lambda device, dtype, *_: measured.append(dtype) or 1e12)
     call(train_tokenizer, tmp_path / "out", "--steps 1 --dtype float32")
     assert measured == [torch.float32]
+
+
+def test_overwrite_keeps_codes_whose_note_agrees(a_copy):
+    """train_gpt.py --overwrite with another --lr deleted the codes and encoded the whole data set again."""
+    files = [a_copy / "codes-train.npy", a_copy / "codes-val.npy"]
+    written = [(f.stat().st_ino, f.stat().st_mtime_ns) for f in files]
+    call(train_gpt, a_copy, "--overwrite --lr 1e-4")
+    assert [(f.stat().st_ino, f.stat().st_mtime_ns) for f in files] == written
+    call(train_gpt, a_copy, "--overwrite --views centre")               # other codes are made anew
+    assert np.load(files[0])["codes"].shape == (64, 1, N)
+    (a_copy / "codes.json").unlink()                                    # and so are codes of which nothing is known
+    np.save(files[0], np.load(files[0])[::-1])
+    call(train_gpt, a_copy, "--overwrite --views centre")
+    assert np.array_equal(np.load(files[0])["label"], Shapes("train", 16).batch(
+        train_tokenizer.pick(1_000_000, 64))[1])

@@ -71,7 +71,7 @@ def open_records(path, count, record, mode):
         reason = f"{file.shape} records of {file.dtype}, not {count} of {record}"
     except (OSError, ValueError, EOFError) as e:
         reason = str(e)
-    raise UserError(f"{path} is not the file it should be ({reason}): --overwrite makes it anew")
+    raise UserError(f"{path} is not the file it should be ({reason}): delete it, and the next run makes it anew")
 
 
 def unseen(file, size, args):
@@ -81,19 +81,26 @@ def unseen(file, size, args):
 
 
 def agree(path, settings, files, args):
-    """Note beside files what they are made with; UserError when the note there tells of something else."""
+    """Note beside files what they are made with; UserError when the note there tells of something else.
+
+    With --overwrite, files of another note are deleted, and files without a note too. Files whose note agrees are kept,
+    as encoding ImageNet again takes hours.
+    """
     if args.rank == 0:
-        if args.overwrite:
-            for f in (path, *files, *(Path(f"{f}.part") for f in files)):
-                f.unlink(missing_ok=True)
+        noted = path.exists()
         try:
-            found = json.loads(path.read_text()) if path.exists() else settings
+            found = json.loads(path.read_text()) if noted else settings
         except ValueError as e:
             found = {"file that cannot be read": str(e)}
-        for k, v in settings.items():
-            if found.get(k) != v:
-                raise UserError(f"{path} tells of {k} {found.get(k)}, this run has {k} {v}: --overwrite starts anew, "
-                                f"another name or --out keeps both")
+        differs = [k for k, v in settings.items() if found.get(k) != v]
+        if args.overwrite and (differs or not noted):
+            for f in (path, *files, *(Path(f"{f}.part") for f in files)):
+                f.unlink(missing_ok=True)
+            differs = []
+        if differs:
+            k = differs[0]
+            raise UserError(f"{path} tells of {k} {found.get(k)}, this run has {k} {settings[k]}: --overwrite starts "
+                            f"anew, another name or --out keeps both")
         write_note(path, settings)
     barrier()
 
@@ -148,6 +155,8 @@ def cached_codes(tokenizer, train, val, args):
     tag = dict(tokenizer=code_fingerprint(tokenizer), data=args.data, images=counts[0], held_out=counts[1],
                views=args.views, dtype=args.dtype)
     agree(args.out / "codes.json", tag, files, args)
+    if args.overwrite and files[0].exists():
+        print(f"{files[0]} is kept: codes.json agrees with this run. If its images have changed, delete it")
     return [encode_split(files[0], tokenizer, train, counts[0], args.views, args),
             encode_split(files[1], tokenizer, val, counts[1], "centre", args)]
 
