@@ -431,6 +431,11 @@ def distances(samples, reference, args):
 # ------------------------------------------------------------------------------------------------------------------
 # commands: each returns (rows of {column: value}, what the record adds)
 
+def load_data(args):
+    """(train, val) of --data: the first rank downloads what is absent, the others wait and find it."""
+    return first_rank_first(lambda: open_data(args), args)
+
+
 def load_network(args):
     """InceptionV3, or the classifier of --data."""
     if args.features == "inception":
@@ -488,7 +493,7 @@ def measure_samples(gpt, tokenizer, network, train, levels, args):
 def generation(args):
     gpt, tokenizer, _ = load_models(args)
     args.image_size = tokenizer.config.image_size
-    return measure_samples(gpt, tokenizer, load_network(args), open_data(args)[0], [args.tokens], args)
+    return measure_samples(gpt, tokenizer, load_network(args), load_data(args)[0], [args.tokens], args)
 
 
 def octaves(S):
@@ -550,7 +555,7 @@ def reconstruction(args):
     tokenizer = load_tokenizer(args.out / "tokenizer.pt", args.device)
     args.image_size = tokenizer.config.image_size
     levels = args.levels or [tokenizer.config.num_tokens]
-    rows, more = measure_reconstructions(tokenizer, load_network(args), open_data(args)[1], levels, args)
+    rows, more = measure_reconstructions(tokenizer, load_network(args), load_data(args)[1], levels, args)
     return [{k: v for k, v in row.items() if k != "bands"} for row in rows], more
 
 
@@ -562,7 +567,7 @@ def truncation(args):
     models = load_models(args) if (args.out / "gpt.pt").exists() else None      # first, see there for MKL
     tokenizer = load_tokenizer(args.out / "tokenizer.pt", args.device)
     args.image_size = tokenizer.config.image_size
-    (train, val), network = open_data(args), load_network(args)
+    (train, val), network = load_data(args), load_network(args)
     levels = args.levels or spread_levels(tokenizer.config.num_tokens)
     reconstructions, more = measure_reconstructions(tokenizer, network, val, levels, args)
     samples = [{}] * len(levels)
@@ -622,7 +627,7 @@ def probe(args):
         if (tokenizer.config.image_size, tokenizer.config.num_tokens) != (args.image_size, N):
             raise UserError(f"{args.against} has {tokenizer.config.num_tokens} tokens of {tokenizer.config.image_size} "
                             f"px images, {args.out} {N} of {args.image_size}: compare runs of the same sizes")
-    train, val = open_data(args)
+    train, val = load_data(args)
     chosen = pick(len(train), args.num or 50_000)
     chosen = chosen[torch.randperm(len(chosen), generator=torch.Generator().manual_seed(args.seed))]
     fit = len(chosen) * 4 // 5

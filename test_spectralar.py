@@ -13,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 import zlib
 from argparse import Namespace
@@ -1331,10 +1332,11 @@ def test_resume_is_exact(script, kind, during, trained, a_copy, monkeypatch):
     assert_same(trained / path.name, path)
 
 
-def start(script, out, flags="", ranks=1):
+def start(script, out, flags="", ranks=1, common=None):
     """A script as a process of its own, or as several under torchrun."""
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--"] if ranks > 1 else []
-    words = shlex.split(f"{FLAGS[script]} --device cpu --dtype float32 --out {shlex.quote(str(out))} {flags}")
+    common = FLAGS[script] if common is None else common
+    words = shlex.split(f"{common} --device cpu --dtype float32 --out {shlex.quote(str(out))} {flags}")
     return subprocess.Popen([sys.executable, *launcher, script.__file__, *words], stdout=subprocess.PIPE,
                             stderr=subprocess.STDOUT, text=True, env=dict(os.environ, OMP_NUM_THREADS="1"))
 
@@ -1988,3 +1990,38 @@ def test_overwrite_keeps_codes_whose_note_agrees(a_copy):
     call(train_gpt, a_copy, "--overwrite --views centre")
     assert np.array_equal(np.load(files[0])["label"], Shapes("train", 16).batch(
         train_tokenizer.pick(1_000_000, 64))[1])
+
+
+DRIVER = """
+import sys, time, urllib.request
+sys.path.insert(0, {repository!r})
+import train_tokenizer
+fetch, official, archive = urllib.request.urlopen, {official!r}, {archive!r}
+train_tokenizer.CIFAR["cifar10"] = tuple({md5!r} if x == official else x for x in train_tokenizer.CIFAR["cifar10"])
+
+def slow(url, **how):
+    with open({log!r}, "a") as log:
+        log.write("fetched\\n")
+    time.sleep(4)
+    return fetch(archive)
+urllib.request.urlopen = slow
+train_tokenizer.run(train_tokenizer.main, train_tokenizer.parse_args())
+"""
+
+
+def test_ranks_download_a_data_set_once(tmp_path):
+    """All ranks fetched CIFAR at once into one file: of four processes three died."""
+    folder, log = tmp_path / "cifar-10-batches-bin", tmp_path / "log"
+    folder.mkdir()
+    for name in [f"data_batch_{i}.bin" for i in range(1, 6)] + ["test_batch.bin"]:
+        np.random.default_rng(0).integers(0, 10, (16, 3073), np.uint8).tofile(folder / name)
+    (folder / "batches.meta.txt").write_text("\n".join(SHAPES))
+    with tarfile.open(tmp_path / "archive", "w:gz") as archive:
+        archive.add(folder, folder.name)
+    driver = tmp_path / "driver.py"
+    driver.write_text(DRIVER.format(
+        repository=str(Path(__file__).parent), archive=(tmp_path / "archive").as_uri(), log=str(log),
+        md5=hashlib.md5((tmp_path / "archive").read_bytes()).hexdigest(), official="c32a1d4ab5d03f1284b67883e8d87530"))
+    flags = f"--data cifar10 --data-dir {tmp_path / 'data'} --image-size 32 --steps 1"
+    finish(start(Namespace(__file__=str(driver)), tmp_path / "out", flags, 2, FLAGS[train_tokenizer]))
+    assert log.read_text().split() == ["fetched"]

@@ -26,8 +26,8 @@ from tqdm import tqdm
 from spectralar import (GPT, FailedRun, GPTConfig, SpectralTokenizer, TokenizerConfig, UserError, code_fingerprint,
                         load_tokenizer)
 from train_tokenizer import (Folder, Interrupt, Log, Meter, add_training_flags, ahead, any_rank, autocast, barrier,
-                             base_parser, batch_indices, choose_dtype, cost_of_image, finish_args, lr_at,
-                             make_optimizer, micro_rows, new_run, open_data, optimizer_step, pick, preset_of,
+                             base_parser, batch_indices, choose_dtype, cost_of_image, finish_args, first_rank_first,
+                             lr_at, make_optimizer, micro_rows, new_run, open_data, optimizer_step, pick, preset_of,
                              print_plan, recompute_blocks, restore, run, save_grid, save_run, seed_step, share_batch,
                              share_work, syncing, to_float, to_uint8, update_ema, without_memory, wrap)
 
@@ -277,7 +277,7 @@ def main(args):
         tokenizer = load_tokenizer(args.out / "tokenizer.pt", args.device)
     args.image_size, args.codebook_size, N = (getattr(tokenizer.config, k) for k in
                                               ("image_size", "codebook_size", "num_tokens"))
-    train, val = open_data(args)
+    train, val = first_rank_first(lambda: open_data(args), args)
     parts = build(GPTConfig(len(train.class_names), N, args.codebook_size, args.width, args.depth, args.heads), args)
     start, model, code_name = 0, parts["model"], code_fingerprint(tokenizer)
     if args.resume:

@@ -1520,7 +1520,7 @@ def main(args):
     path = args.out / "tokenizer.pt"
     config, source = choose_config(args)
     new_run(path, args)
-    train, val = open_data(args)
+    train, val = first_rank_first(lambda: open_data(args), args)
     parts = build(config, source, args)
     model = parts["model"]
     start = restore(path, "tokenizer", parts, args)["step"] if args.resume else 0
