@@ -644,7 +644,12 @@ def probe(args):
                                     for c in seen.T]
         if gpt:
             curves[f"bits{name}"] = measure_bits(gpt, codes[2], labels[2], args)["bits_by_position"]
-    if patches := patch_sides(args.image_size, N):
+    patches, values = patch_sides(args.image_size, N), 3 * args.image_size ** 2
+    if patches and values > 4096:
+        print(f"no R2 of raster patches: an image has {values:,} values, and the covariance of more than 4,096 takes too "
+              f"much memory and time")
+        patches = None
+    if patches:
         def read(data, chosen, a, b):
             return F.unfold(to_float(data.batch(chosen[a:b])[0].to(args.device)), patches, stride=patches).mT
         moments = [second_moments(len(part[1]), partial(read, *part), args) for part in parts]

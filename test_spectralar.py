@@ -2025,3 +2025,15 @@ def test_ranks_download_a_data_set_once(tmp_path):
     flags = f"--data cifar10 --data-dir {tmp_path / 'data'} --image-size 32 --steps 1"
     finish(start(Namespace(__file__=str(driver)), tmp_path / "out", flags, 2, FLAGS[train_tokenizer]))
     assert log.read_text().split() == ["fetched"]
+
+
+def test_probe_leaves_patches_of_large_images_out(tmp_path, capsys, monkeypatch):
+    """The moments of all of an image's patches took 309 GB at 256 px, and no end of time at 64 px."""
+    monkeypatch.setattr(Shapes, "__len__", lambda self: 200)
+    call(train_tokenizer, tmp_path, "--image-size 40 --patch-size 8 --num-tokens 4 --steps 1")
+    call(evaluate, tmp_path, "probe --num 100")
+    assert "R2" in last_record(tmp_path)["results"][-1] and "R2 patches" not in last_record(tmp_path)["results"][-1]
+    assert "no R2 of raster patches: an image has 4,800 values" in capsys.readouterr().out
+    call(train_tokenizer, tmp_path / "small", "--image-size 32 --patch-size 8 --num-tokens 4 --steps 1")
+    call(evaluate, tmp_path / "small", "probe --num 100")
+    assert "R2 patches" in last_record(tmp_path / "small")["results"][-1]
