@@ -31,7 +31,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from tqdm import tqdm
 
 from sample import add_sampling_flags, balanced_labels, check_sampling_flags, draw_codes, load_models, sampling
-from spectralar import UNREADABLE, UserError, dct2, fingerprint, load_generator, load_tokenizer, low_pass
+from spectralar import UNREADABLE, UserError, dct2, fingerprint, load_generator, load_tokenizer, low_pass, out_of_memory
 from train_gpt import evaluate as measure_bits
 from train_tokenizer import (CIFAR, JUDGE, all_sum, base_parser, codebook_use, download, effective_rank, finish_args,
                              first_rank_first, gather, images_below, load_classifier, load_lpips, open_data, pick,
@@ -187,6 +187,8 @@ def load_inception(path=None, device="cpu"):
         state = torch.load(path, map_location="cpu", weights_only=True)
         missing, unknown = model.load_state_dict(state, strict=False)
     except UNREADABLE as e:
+        if out_of_memory(e):
+            raise
         raise UserError(f"{path} is not a whole file of Inception weights ({str(e).strip().splitlines()[0][:80]}): "
                         f"get {INCEPTION_URL} with sha256 {INCEPTION_SHA256}") from None
     missing = [k for k in missing if not k.endswith("num_batches_tracked")]     # older files have none

@@ -594,14 +594,26 @@ def save_checkpoint(path, kind, **content):
                         f"then --resume") from None
 
 
-def read_checkpoint(path, kind, device="cpu"):
-    """The checkpoint's dict; UserError when the file is missing, truncated, or of another kind or format."""
+def out_of_memory(error):
+    """Whether an exception says that memory ran out: Python and PyTorch's two allocators each have their own way."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
+
+
+def read_checkpoint(path, kind):
+    """The checkpoint's dict, on the CPU: on a GPU it would take several times the model's memory.
+
+    UserError when the file is missing, truncated, or of another kind or format; FailedRun when memory runs out.
+    """
     if not os.path.exists(path):
         raise UserError(f"{path} does not exist: train it first (train_{kind}.py), or name its folder by --out")
     try:
-        checkpoint = torch.load(path, map_location=device, weights_only=True)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         found = checkpoint["kind"], checkpoint["format"]
-    except UNREADABLE as e:
+    except (MemoryError, *UNREADABLE) as e:
+        if out_of_memory(e):
+            size = os.path.getsize(path) / 1e9
+            raise FailedRun(f"out of memory while reading {path}, {size:.2g} GB: the file may well be whole; free some "
+                            f"memory, then try again") from None
         reason = (str(e).strip() or type(e).__name__).splitlines()[0][:100]
         raise UserError(f"{path} is not a whole checkpoint ({reason}): it is truncated or of another program") from None
     if found != (kind, FORMAT):
@@ -618,7 +630,7 @@ def build(model_class, config_class, part, device):
 
 def load_tokenizer(path, device="cpu"):
     """SpectralTokenizer of a tokenizer.pt, ready to encode and decode."""
-    return build(SpectralTokenizer, TokenizerConfig, read_checkpoint(path, "tokenizer", device), device)
+    return build(SpectralTokenizer, TokenizerConfig, read_checkpoint(path, "tokenizer"), device)
 
 
 def load_gpt(path, device="cpu"):
@@ -628,7 +640,7 @@ def load_gpt(path, device="cpu"):
 
 def load_generator(path, device="cpu"):
     """(GPT, SpectralTokenizer, class names) of a gpt.pt: it carries the tokenizer of its codes, so one file samples."""
-    checkpoint = read_checkpoint(path, "gpt", device)
+    checkpoint = read_checkpoint(path, "gpt")
     return (build(GPT, GPTConfig, checkpoint, device),
             build(SpectralTokenizer, TokenizerConfig, checkpoint["tokenizer"], device), checkpoint["class_names"])
 

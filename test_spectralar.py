@@ -3,6 +3,7 @@
   python -m pytest -q test_spectralar.py
 """
 import copy
+import gc
 import hashlib
 import json
 import math
@@ -15,6 +16,7 @@ import subprocess
 import sys
 import tarfile
 import time
+import weakref
 import zlib
 from argparse import Namespace
 from dataclasses import fields
@@ -2037,3 +2039,44 @@ def test_probe_leaves_patches_of_large_images_out(tmp_path, capsys, monkeypatch)
     call(train_tokenizer, tmp_path / "small", "--image-size 32 --patch-size 8 --num-tokens 4 --steps 1")
     call(evaluate, tmp_path / "small", "probe --num 100")
     assert "R2 patches" in last_record(tmp_path / "small")["results"][-1]
+
+
+def test_checkpoints_are_read_to_the_cpu(trained, monkeypatch):
+    """They were loaded onto the GPU, Adam's moments included: 4.4 times the model's memory."""
+    load, places = torch.load, []
+    monkeypatch.setattr(torch, "load", lambda *a, map_location=None, **how: places.append(str(map_location)) or load(
+        *a, map_location="cpu", **how))
+    assert load_gpt(trained / "gpt.pt", "meta").pos.is_meta and load_tokenizer(trained / "tokenizer.pt", "meta")
+    assert len(places) == 2 and set(places) == {"cpu"}
+
+
+@TRAINING
+def test_checkpoint_is_not_kept_while_training(script, kind, a_copy, monkeypatch):
+    """train_gpt.py kept the checkpoint that it resumed from, moments and all, for the whole run."""
+    load, save, averages, alive = torch.load, torch.save, [], []
+
+    def watched_load(*a, **how):
+        content = load(*a, **how)
+        if content.get("step"):
+            averages.extend(weakref.ref(x) for x in content["ema"].values())
+        return content
+
+    def watched_save(*a, **how):
+        gc.collect()
+        alive.append(sum(x() is not None for x in averages))
+        save(*a, **how)
+    monkeypatch.setattr(torch, "load", watched_load)
+    monkeypatch.setattr(torch, "save", watched_save)
+    call(script, a_copy, "--resume --steps 8")
+    assert averages and alive == [0]
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), MemoryError(),
+                                   RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9")])
+def test_lack_of_memory_for_a_checkpoint_is_told_as_such(error, trained, capsys, monkeypatch):
+    """A checkpoint too large for the memory was called truncated, and a user would have deleted it."""
+    def load(*args, **how):
+        raise error
+    monkeypatch.setattr(torch, "load", load)
+    line = error_of(capsys, sample_script, trained, code=1)
+    assert "out of memory" in line and "gpt.pt" in line and "truncated" not in line

@@ -286,6 +286,7 @@ def main(args):
         if learned != code_name:
             raise UserError(f"{path} learned codes of tokenizer {learned}, {args.out / 'tokenizer.pt'} makes those of "
                             f"{code_name}: --overwrite starts anew")
+        del checkpoint                                                      # or it would take memory for the whole run
     peak = choose_dtype(args)
     if args.dry_run:
         data = held_out = np.zeros(args.batch_size, code_records(args.views, N))     # any codes do for a plan

@@ -45,7 +45,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from spectralar import (UNREADABLE, Block, FailedRun, SpectralTokenizer, TokenizerConfig, UserError, load_tokenizer,
-                        low_pass, read_checkpoint, save_checkpoint, uniforms)
+                        low_pass, out_of_memory, read_checkpoint, save_checkpoint, uniforms)
 
 # ------------------------------------------------------------------------------------------------------------------
 # presets: all that --data or --preset sets (a folder takes "cifar", so that defaults run on a laptop). Every field is a
@@ -630,7 +630,7 @@ def load_classifier(path, kind, train, val, args):
         path.parent.mkdir(parents=True, exist_ok=True)
         save_checkpoint(path, "classifier", data=args.data, image_size=args.image_size, classes=train.class_names,
                         **kind, accuracy=accuracy, model=model.state_dict())
-    saved = read_checkpoint(path, "classifier", args.device)
+    saved = read_checkpoint(path, "classifier")
     mine = dict(data=args.data, image_size=args.image_size, classes=train.class_names, **kind)
     for k, v in mine.items():
         if saved.get(k) != v:
@@ -692,6 +692,8 @@ def load_lpips(vgg=None, linear=None, device="cpu"):
         for i, w in enumerate(model.lin):
             w.data.copy_(lin[f"lin{i}.model.1.weight"].flatten())
     except UNREADABLE as e:
+        if out_of_memory(e):
+            raise
         raise UserError(f"{vgg} and {linear} are not VGG16's and LPIPS' weights ({str(e).splitlines()[0][:80]}): "
                         f"get {VGG_URL} and {LPIPS_URL}") from None
     return model.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
@@ -796,9 +798,9 @@ def run(main, args):
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
         code = 2
-    except RuntimeError as e:
+    except (RuntimeError, MemoryError) as e:
         line = str(e).split("\n")[0]
-        if isinstance(e, torch.OutOfMemoryError) or "can't allocate memory" in line:
+        if out_of_memory(e):
             flag = next(f for f in ("micro_batch", "batch_size") if hasattr(args, f))
             line = f"out of memory with --{flag.replace('_', '-')} {getattr(args, flag)}: take a smaller one ({line})"
         elif not isinstance(e, FailedRun):
@@ -1029,7 +1031,7 @@ def plain(args):
 
 def restore(path, kind, parts, args):
     """Load a run's checkpoint into its parts {name: model or optimizer}, keep its dtype; returns the checkpoint."""
-    checkpoint = read_checkpoint(path, kind, args.device)
+    checkpoint = read_checkpoint(path, kind)
     for k, v in asdict(parts["model"].config).items():
         if checkpoint["config"].get(k) != v:
             raise UserError(f"{path} has {k} {checkpoint['config'].get(k)}, this run {v}: resume with the same sizes, "
