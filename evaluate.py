@@ -31,7 +31,8 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from tqdm import tqdm
 
 from sample import add_sampling_flags, balanced_labels, check_sampling_flags, draw_codes, load_models, sampling
-from spectralar import UNREADABLE, UserError, dct2, fingerprint, load_generator, load_tokenizer, low_pass, out_of_memory
+from spectralar import (UNREADABLE, UserError, dct2, fingerprint, load_generator, load_tokenizer, low_pass,
+                        out_of_memory, wrap_int64)
 from train_gpt import evaluate as measure_bits
 from train_tokenizer import (CIFAR, JUDGE, all_sum, base_parser, codebook_use, download, effective_rank, finish_args,
                              first_rank_first, gather, images_below, load_classifier, load_lpips, open_data, pick,
@@ -631,7 +632,7 @@ def probe(args):
                             f"px images, {args.out} {N} of {args.image_size}: compare runs of the same sizes")
     train, val = load_data(args)
     chosen = pick(len(train), args.num or 50_000)
-    chosen = chosen[torch.randperm(len(chosen), generator=torch.Generator().manual_seed(args.seed))]
+    chosen = chosen[torch.randperm(len(chosen), generator=torch.Generator().manual_seed(wrap_int64(args.seed)))]
     fit = len(chosen) * 4 // 5
     parts = (train, chosen[:fit]), (train, chosen[fit:]), (val, pick(len(val), 10_000))
     curves = {}

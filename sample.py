@@ -25,7 +25,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from spectralar import (FailedRun, UserError, code_fingerprint, fingerprint, guidance_scale, load_generator,
-                        load_tokenizer)
+                        load_tokenizer, wrap_int64)
 from train_gpt import agree, make_blank, open_records, unseen, write_note
 from train_tokenizer import (autocast, barrier, base_parser, center_crop, duration, finish_args, grid, run, save_grid,
                              share_work, spread_levels, to_float, to_uint8, upright_rgb, versions)
@@ -102,7 +102,7 @@ def sampling(args):
 
 def sample_seeds(seed, start, stop):
     """The random stream of each sample index, distinct for every (seed, index)."""
-    return seed * 2 ** 32 + torch.arange(start, stop)
+    return wrap_int64(seed * 2 ** 32) + torch.arange(start, stop)
 
 
 def labels_in_turn(num, classes):
@@ -112,7 +112,8 @@ def labels_in_turn(num, classes):
 
 def balanced_labels(num, classes, seed):
     """(num,) long: as many of each class as of every other, give or take one, in shuffled order."""
-    return labels_in_turn(num, classes)[torch.randperm(num, generator=torch.Generator().manual_seed(seed))]
+    order = torch.randperm(num, generator=torch.Generator().manual_seed(wrap_int64(seed)))
+    return labels_in_turn(num, classes)[order]
 
 
 def draw_codes(gpt, labels, start, args, prefix=None):

@@ -561,6 +561,11 @@ def sample(logits, uniform, temperature=1.0, top_k=0, top_p=1.0):
     return order.gather(1, rank.clamp(max=(p > 0).sum(-1, keepdim=True) - 1))[:, 0]
 
 
+def wrap_int64(n):
+    """A Python integer of any size as 64 bits with a sign, the way C's wraps round: so any --seed will do."""
+    return (n + 2 ** 63) % 2 ** 64 - 2 ** 63
+
+
 def uniforms(seeds, n):
     """seeds (B,) long -> (B, n) float64 in [0, 1), row b a pure function of seeds[b]: SplitMix64, counter-based.
 

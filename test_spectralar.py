@@ -2080,3 +2080,17 @@ def test_lack_of_memory_for_a_checkpoint_is_told_as_such(error, trained, capsys,
     monkeypatch.setattr(torch, "load", load)
     line = error_of(capsys, sample_script, trained, code=1)
     assert "out of memory" in line and "gpt.pt" in line and "truncated" not in line
+
+
+@pytest.mark.parametrize("seed", [8192, 20240101, -5000, 2 ** 40, 10 ** 30, -10 ** 30])
+def test_any_integer_is_a_seed(seed, judged, reference, tmp_path):
+    """--seed 8192 and above ended the training of the tokenizer with an OverflowError, 2 ** 31 that of sample.py."""
+    out = shutil.copytree(judged, tmp_path / "out")
+    for script in (train_tokenizer, train_gpt):
+        call(script, out, f"--overwrite --steps 2 --seed {seed}")
+        assert torch.load(out / f"{script.__name__[6:]}.pt", weights_only=True)["args"]["seed"] == seed
+    call(sample_script, out, f"--num 2 --seed {seed}")
+    call(sample_script, out, f"--npz {tmp_path / 'a.npz'} --num 2 --seed {seed}")
+    call(evaluate, out, f"generation --num 20 --seed {seed} --reference {reference[0]}")
+    assert last_record(out)["seed"] == seed
+

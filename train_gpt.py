@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from spectralar import (GPT, FailedRun, GPTConfig, SpectralTokenizer, TokenizerConfig, UserError, code_fingerprint,
-                        load_tokenizer)
+                        load_tokenizer, wrap_int64)
 from train_tokenizer import (Folder, Interrupt, Log, Meter, add_training_flags, ahead, any_rank, autocast, barrier,
                              base_parser, batch_indices, choose_dtype, cost_of_image, finish_args, first_rank_first,
                              lr_at, make_optimizer, micro_rows, new_run, open_data, optimizer_step, pick, preset_of,
@@ -223,7 +223,7 @@ def parse_args(argv=None):
 
 def build(config, args):
     """{name: model or optimizer}: all whose state a checkpoint holds."""
-    torch.manual_seed(args.seed)
+    torch.manual_seed(wrap_int64(args.seed))
     model = GPT(config).to(args.device)
     parts = dict(model=model, ema=copy.deepcopy(model).eval(), optimizer=make_optimizer(model, args))
     if args.grad_checkpoint:

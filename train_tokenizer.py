@@ -45,7 +45,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from spectralar import (UNREADABLE, Block, FailedRun, SpectralTokenizer, TokenizerConfig, UserError, load_tokenizer,
-                        low_pass, out_of_memory, read_checkpoint, save_checkpoint, uniforms)
+                        low_pass, out_of_memory, read_checkpoint, save_checkpoint, uniforms, wrap_int64)
 
 # ------------------------------------------------------------------------------------------------------------------
 # presets: all that --data or --preset sets (a folder takes "cifar", so that defaults run on a laptop). Every field is a
@@ -145,7 +145,7 @@ class Shapes:
     def batch(self, indices, crops=None):
         """indices (B,) -> uint8 images (B, 3, S, S), labels (B,) long."""
         indices = torch.as_tensor(indices)
-        u = uniforms(self.stream * 2 ** 40 + indices, 16).numpy().astype(np.float32)        # (B, 16)
+        u = uniforms(wrap_int64(self.stream * 2 ** 40) + indices, 16).numpy().astype(np.float32)        # (B, 16)
         labels = indices % len(SHAPES)
         S, B = self.image_size, len(indices)
         axis = (np.arange(S, dtype=np.float32) + 0.5) * 2 / S - 1                           # pixel centres in -1 .. 1
@@ -430,7 +430,7 @@ def open_data(args):
 
 @lru_cache(maxsize=2)
 def epoch_order(n, epoch, seed):
-    return torch.randperm(n, generator=torch.Generator().manual_seed(seed * 100_003 + epoch))
+    return torch.randperm(n, generator=torch.Generator().manual_seed(wrap_int64(seed * 100_003 + epoch)))
 
 
 def batch_indices(n, batch_size, step, seed):
@@ -453,7 +453,8 @@ def batches(data, args, start):
     def make(number):
         step, micro = divmod(number, args.accumulate)
         rows = micro_rows(args, micro)
-        u = uniforms((2 * args.seed + 1) * 2 ** 50 + step * args.batch_size + torch.arange(args.batch_size)[rows], 4)
+        stream = wrap_int64((2 * args.seed + 1) * 2 ** 50 + step * args.batch_size)
+        u = uniforms(stream + torch.arange(args.batch_size)[rows], 4)
         crops = torch.stack([1 + u[:, 1] / 8, u[:, 2], u[:, 3]], 1)     # short side 1 .. 1.125 times the image side
         images, _ = data.batch(batch_indices(len(data), args.batch_size, step, args.seed)[rows], crops)
         flipped = u[:, 0] < 0.5
@@ -1457,7 +1458,7 @@ def freeze_codes(model):
 
 def build(config, source, args):
     """{name: model or optimizer}: all whose state a checkpoint holds. source: see choose_config."""
-    torch.manual_seed(args.seed)
+    torch.manual_seed(wrap_int64(args.seed))
     model = SpectralTokenizer(config).to(args.device)
     if source:
         model.load_state_dict(source.state_dict())
