@@ -615,7 +615,7 @@ def draw_levels(path, tokenizer, val, levels, args):
     rows = [shades, to_uint8(low_pass(first, windows))]                         # each (G, 3, S, S)
     for code in tokenizer.encode(images).split(1):
         rows.append(to_uint8(tokenizer.decode(code.expand(len(levels), -1), level)))
-    originals = to_uint8(images[[0, 0, 0, 1, 2, 3]])
+    originals = to_uint8(torch.cat([images[:1], images[:1], images]))           # there may be fewer than four
     save_grid(path, [torch.cat([x[None], row]) for x, row in zip(originals, rows)],
               ["spectrum in its window", "sub-image", *["reconstruction"] * len(images)],
               ["image", *(f"{k} token{'s' * (k > 1)}" for k in levels)])

@@ -2094,3 +2094,11 @@ def test_any_integer_is_a_seed(seed, judged, reference, tmp_path):
     call(evaluate, out, f"generation --num 20 --seed {seed} --reference {reference[0]}")
     assert last_record(out)["seed"] == seed
 
+
+
+def test_truncation_does_with_three_held_out_images(judged, reference, monkeypatch):
+    """With fewer than 4 held-out images the picture ended in an IndexError after everything was measured."""
+    monkeypatch.setattr(Shapes, "__len__", lambda self: 3)
+    call(evaluate, judged, f"truncation --num 40 --levels 1,6 --reference {reference[0]}")
+    assert last_record(judged)["counts"] == [3, 3]
+    assert cells(Image.open(judged / "levels.png")).shape[0] == 5       # spectrum, sub-image, three reconstructions
