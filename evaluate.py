@@ -321,21 +321,24 @@ def read_folder(path, workers):
     files = images_below(path)
     if not files:
         raise UserError(f"{path} has 0 images below it: name a folder of images, or an .npz")
-    size = Image.open(files[0]).size
 
     def decode(file):
         try:
             with Image.open(file) as image:
-                pixels = np.array(image.convert("RGB"))
+                return np.array(image.convert("RGB"))
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
             raise UserError(f"cannot decode {file} ({e}): mend or remove it") from None
-        if image.size != size:
-            raise UserError(f"{file} is {image.width} x {image.height}, {files[0]} {size[0]} x {size[1]}: "
+    height, width, _ = decode(files[0]).shape
+
+    def decode_alike(file):
+        pixels = decode(file)
+        if pixels.shape != (height, width, 3):
+            raise UserError(f"{file} is {pixels.shape[1]} x {pixels.shape[0]}, {files[0]} {width} x {height}: "
                             f"bring all to one size")
         return pixels
     pool = ThreadPoolExecutor(max(1, workers))
     return len(files), lambda start, stop: torch.from_numpy(
-        np.stack(list(pool.map(decode, files[start:stop])))).permute(0, 3, 1, 2)
+        np.stack(list(pool.map(decode_alike, files[start:stop])))).permute(0, 3, 1, 2)
 
 
 STATISTICS = "mu", "sigma", "mu_s", "sigma_s"      # of an .npz, as ADM names them

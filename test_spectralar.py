@@ -2102,3 +2102,14 @@ def test_truncation_does_with_three_held_out_images(judged, reference, monkeypat
     call(evaluate, judged, f"truncation --num 40 --levels 1,6 --reference {reference[0]}")
     assert last_record(judged)["counts"] == [3, 3]
     assert cells(Image.open(judged / "levels.png")).shape[0] == 5       # spectrum, sub-image, three reconstructions
+
+
+def test_compare_tells_of_an_unreadable_first_file_in_one_line(tmp_path, capsys):
+    """The first file of a folder was opened apart from the others, and a broken one gave a traceback."""
+    write_images(tmp_path / "folder", 3)
+    (tmp_path / "folder" / "000.png").write_bytes(b"\0\5\26\7")
+    flags = f"compare {tmp_path / 'folder'} {tmp_path / 'folder'} --features classifier --preset shapes"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate, "load_classifier", lambda *a: Classifier(10, 16, (8, 8)).eval())
+        line = error_of(capsys, evaluate, tmp_path, flags)
+    assert "cannot decode" in line and "000.png" in line and "mend or remove it" in line
