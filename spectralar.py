@@ -17,6 +17,7 @@ import math
 import os
 import pickle
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 
 import torch
 import torch.nn as nn
@@ -34,31 +35,39 @@ class FailedRun(RuntimeError):
 # ------------------------------------------------------------------------------------------------------------------
 # 1. spectrum (paper, section 3.2)
 
+@lru_cache(maxsize=64)
 def dct_matrix(n, dtype=torch.float32, device=None):
-    """(n, n) orthonormal DCT-II: row k is the cosine of frequency k, so dct_matrix(n) @ signal is its spectrum."""
-    k = torch.arange(n, dtype=torch.float64)
-    C = torch.cos(math.pi / n * k[:, None] * (k + 0.5)) * math.sqrt(2 / n)
-    C[0] /= math.sqrt(2)
-    return C.to(device, dtype)
+    """(n, n) orthonormal DCT-II: row k is the cosine of frequency k, so dct_matrix(n) @ signal is its spectrum.
+
+    Kept for later calls, as each step needs it a dozen times and a GPU waits while one is copied: never write to it.
+    """
+    # an inference tensor would be of no use to a later training step
+    with torch.inference_mode(False):
+        k = torch.arange(n, dtype=torch.float64)
+        C = torch.cos(math.pi / n * k[:, None] * (k + 0.5)) * math.sqrt(2 / n)
+        C[0] /= math.sqrt(2)
+        return C.to(device, dtype)
 
 
-def _both_sides(x, left, right):
-    """left @ x @ right^T over the last two dims, never in half precision: bf16 would lose the high bands."""
-    with torch.autocast(x.device.type, enabled=False):
-        x = x if x.dtype == torch.float64 else x.float()
-        return left.to(x) @ x @ right.to(x).mT
+def _at_least_float32(x):
+    """Never half precision: bf16 would lose the high bands."""
+    return x if x.dtype == torch.float64 else x.float()
 
 
 def dct2(x):
     """2-D spectrum over the last two dims: D = C x C^T. Orthonormal, so energy is kept (Parseval)."""
-    rows, cols = (dct_matrix(n, torch.float64) for n in x.shape[-2:])
-    return _both_sides(x, rows, cols)
+    with torch.autocast(x.device.type, enabled=False):
+        x = _at_least_float32(x)
+        rows, cols = (dct_matrix(n, x.dtype, x.device) for n in x.shape[-2:])
+        return rows @ x @ cols.mT
 
 
 def idct2(X):
     """Inverse of dct2: C^T X C."""
-    rows, cols = (dct_matrix(n, torch.float64).mT for n in X.shape[-2:])
-    return _both_sides(X, rows, cols)
+    with torch.autocast(X.device.type, enabled=False):
+        X = _at_least_float32(X)
+        rows, cols = (dct_matrix(n, X.dtype, X.device) for n in X.shape[-2:])
+        return rows.mT @ X @ cols
 
 
 def low_pass(x, window):

@@ -2113,3 +2113,24 @@ def test_compare_tells_of_an_unreadable_first_file_in_one_line(tmp_path, capsys)
         patch.setattr(evaluate, "load_classifier", lambda *a: Classifier(10, 16, (8, 8)).eval())
         line = error_of(capsys, evaluate, tmp_path, flags)
     assert "cannot decode" in line and "000.png" in line and "mend or remove it" in line
+
+
+def test_dct_matrices_are_made_once(monkeypatch):
+    """They were made anew on the CPU a dozen times per step, and on a GPU each waited for a copy."""
+    x = noise(2, 3, 16, 16)
+    with torch.inference_mode():
+        expected = low_pass(x, 5)                                       # what it keeps is of use in training, too
+    made, cos = [], torch.cos
+    monkeypatch.setattr(torch, "cos", lambda *a, **how: made.append(a) or cos(*a, **how))
+    assert torch.equal(low_pass(x, 5), expected)
+    x.requires_grad_()
+    low_pass(x, 5).square().sum().backward()
+    assert not made and torch.allclose(x.grad, 2 * expected, atol=1e-5)
+    assert dct_matrix(16, torch.float64).dtype == torch.float64 and dct_matrix(16, device="meta").is_meta
+
+
+def test_a_plan_leaves_no_matrices_behind(tmp_path):
+    """Those that a plan makes hold no numbers: kept, they would end up in the next real step."""
+    for flags in ("--dry-run", "--steps 2", "--dry-run"):
+        call(train_tokenizer, tmp_path / "out", flags)
+        assert low_pass(noise(1, 3, 16, 16), 5).isfinite().all()

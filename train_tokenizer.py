@@ -44,8 +44,8 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from spectralar import (UNREADABLE, Block, FailedRun, SpectralTokenizer, TokenizerConfig, UserError, load_tokenizer,
-                        low_pass, out_of_memory, read_checkpoint, save_checkpoint, uniforms, wrap_int64)
+from spectralar import (UNREADABLE, Block, FailedRun, SpectralTokenizer, TokenizerConfig, UserError, dct_matrix,
+                        load_tokenizer, low_pass, out_of_memory, read_checkpoint, save_checkpoint, uniforms, wrap_int64)
 
 # ------------------------------------------------------------------------------------------------------------------
 # presets: all that --data or --preset sets (a folder takes "cifar", so that defaults run on a laptop). Every field is a
@@ -1165,6 +1165,9 @@ class Interrupt:
 def without_memory(device):
     """Context in which tensors have shapes and dtypes only: any size of model can be planned anywhere."""
     stack = ExitStack()
+    # matrices that were kept outside are no use here, and those of here are no use outside
+    dct_matrix.cache_clear()
+    stack.callback(dct_matrix.cache_clear)
     stack.enter_context(FakeTensorMode())
     stack.enter_context(torch.device(device))
     return stack
