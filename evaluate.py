@@ -578,6 +578,7 @@ def truncation(args):
     reconstructions, more = measure_reconstructions(tokenizer, network, val, levels, args)
     samples = [{}] * len(levels)
     if models:
+        args.tokens = max(levels)                                               # no level looks at the tokens after it
         gpt, its_tokenizer, _ = models
         samples, more["samples"] = measure_samples(gpt, its_tokenizer, network, train, levels, args)
     octave = [0] + [2 ** b for b in range(len(reconstructions[0]["bands"]) - 1)]        # lowest frequency of each band
@@ -851,6 +852,8 @@ def parse_args(argv=None):
         args.levels = [int(i) for i in args.levels.split(",")] if args.levels else None
     except ValueError:
         parser.error(f"--levels is {args.levels}: give numbers of tokens, as 1,2,4")
+    if args.command == "truncation" and args.tokens is not None:                # the codes that follow would be blank
+        parser.error(f"--tokens {args.tokens} is of generation: truncation takes numbers of tokens by --levels")
     return args
 
 

@@ -2134,3 +2134,13 @@ def test_a_plan_leaves_no_matrices_behind(tmp_path):
     for flags in ("--dry-run", "--steps 2", "--dry-run"):
         call(train_tokenizer, tmp_path / "out", flags)
         assert low_pass(noise(1, 3, 16, 16), 5).isfinite().all()
+
+
+def test_truncation_samples_the_tokens_of_its_highest_level(judged, reference, monkeypatch, capsys):
+    """With --tokens 3 the levels above 3 were decoded from blank codes; without, all tokens were sampled in vain."""
+    generate, stops = GPT.generate, []
+    monkeypatch.setattr(GPT, "generate", lambda *a, **how: stops.append(how["stop"]) or generate(*a, **how))
+    call(evaluate, judged, f"truncation --num 40 --levels 1,3 --reference {reference[0]}")
+    assert set(stops) == {3}
+    line = error_of(capsys, evaluate, judged, f"truncation --num 40 --tokens 3 --reference {reference[0]}")
+    assert "--tokens 3" in line and "--levels" in line
