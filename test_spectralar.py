@@ -2144,3 +2144,23 @@ def test_truncation_samples_the_tokens_of_its_highest_level(judged, reference, m
     assert set(stops) == {3}
     line = error_of(capsys, evaluate, judged, f"truncation --num 40 --tokens 3 --reference {reference[0]}")
     assert "--tokens 3" in line and "--levels" in line
+
+
+def test_log_tells_the_memory_of_the_runs_own_gpu(monkeypatch):
+    """A run on cuda:1 logged the memory of cuda:0."""
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device=0: {"cuda:1": 5e9}.get(str(device), 0))
+    args = Namespace(device="cuda:1", ranks=1, accumulate=1, micro_batch=1, batch_size=1, steps=1)
+    meter = train_tokenizer.Meter(args, 1, 1)
+    meter.add(loss=torch.tensor(1.0))
+    meter.steps = 1
+    assert meter.line(1, 0.1)["memory_gb"] == 5
+
+
+def test_keep_copies_where_there_are_no_hard_links(tmp_path, monkeypatch):
+    """--keep ended in a PermissionError on file systems without hard links, such as exFAT."""
+    def link(*args, **how):
+        raise PermissionError(1, "Operation not permitted")
+    monkeypatch.setattr(os, "link", link)
+    call(train_tokenizer, tmp_path, "--steps 3 --save-every 1 --keep 2")
+    assert sorted(f.name for f in tmp_path.glob("tokenizer-*")) == ["tokenizer-0000002.pt", "tokenizer-0000003.pt"]
+    assert_same(tmp_path / "tokenizer-0000003.pt", tmp_path / "tokenizer.pt")

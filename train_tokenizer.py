@@ -18,6 +18,7 @@ import math
 import os
 import platform
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -1062,7 +1063,10 @@ def save_run(path, kind, parts, step, args, **more):
     if args.keep:
         named = path.with_stem(f"{path.stem}-{step:07d}")
         named.unlink(missing_ok=True)
-        os.link(path, named)                                            # the same file: takes no room until replaced
+        try:
+            os.link(path, named)                                        # the same file: takes no room until replaced
+        except OSError:
+            shutil.copy2(path, named)                                   # exFAT and some network drives have no links
         for old in sorted(path.parent.glob(f"{path.stem}-{'[0-9]' * 7}.pt"))[:-args.keep]:
             old.unlink()
 
@@ -1126,7 +1130,8 @@ class Meter:
         if self.codes:                                                      # codes chosen since the last line
             terms["used"] = len(torch.cat(self.codes).unique()) / args.codebook_size
         speed = args.ranks * args.accumulate * args.micro_batch / seconds
-        memory = torch.cuda.max_memory_allocated() if args.device.startswith("cuda") else peak_memory()
+        cuda = args.device.startswith("cuda")
+        memory = torch.cuda.max_memory_allocated(args.device) if cuda else peak_memory()
         record = dict(step=step, **terms, lr=lr, ms=seconds * 1e3, images_per_second=speed,
                       mfu=speed * self.flops / (self.peak * args.ranks), data=self.data_time / self.steps / seconds,
                       memory_gb=memory / 1e9, eta_hours=(args.steps - step) * args.batch_size / speed / 3600)
