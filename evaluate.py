@@ -18,6 +18,7 @@ import sys
 import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -149,8 +150,11 @@ class InceptionV3(nn.Module):
         """Stays in eval mode: batch statistics would make a feature depend on its batch."""
         return super().train(False)
 
-    @torch.no_grad()
     def forward(self, images):
+        with torch.no_grad(), without_tf32():
+            return self.features(images)
+
+    def features(self, images):
         x = (tf1_resize(images, 299) - 128) / 128                               # (B, 3, 299, 299)
         x = x.contiguous(memory_format=torch.channels_last)
         x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))       # (B, 64, 147, 147)
@@ -161,6 +165,20 @@ class InceptionV3(nn.Module):
         x = self.Mixed_7c(self.Mixed_7b(self.Mixed_7a(self.Mixed_6e(x))))       # (B, 2048, 8, 8)
         pool3 = x.mean((2, 3))                                                  # (B, 2048)
         return pool3, spatial, pool3 @ self.fc.weight.T                         # NOTE the inception score has no bias
+
+
+@contextmanager
+def without_tf32():
+    """Context in which cuDNN's convolutions are of full float32: by default they round their inputs to 10 bits (TF32).
+
+    NOTE: torch.backends.cudnn.flags(allow_tf32=False) would switch cuDNN itself off, too.
+    """
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
 
 
 def tf1_resize(images, size):

@@ -2164,3 +2164,19 @@ def test_keep_copies_where_there_are_no_hard_links(tmp_path, monkeypatch):
     call(train_tokenizer, tmp_path, "--steps 3 --save-every 1 --keep 2")
     assert sorted(f.name for f in tmp_path.glob("tokenizer-*")) == ["tokenizer-0000002.pt", "tokenizer-0000003.pt"]
     assert_same(tmp_path / "tokenizer-0000003.pt", tmp_path / "tokenizer.pt")
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_inception_computes_without_tf32(before, inception, monkeypatch):
+    """On a GPU its convolutions rounded their inputs to TF32, by default: 10 bits, where the reference has 23."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", before)
+    seen, model = [], inception[1]
+    settings = lambda: (torch.backends.cudnn.allow_tf32, torch.backends.cudnn.enabled, torch.backends.cudnn.benchmark)
+    outside = settings()
+    handles = [m.register_forward_hook(lambda *_: seen.append(settings())) for m in model.modules()
+               if isinstance(m, torch.nn.Conv2d)]
+    pool, _, _ = model(pictures(103, 1, 32, 32))
+    for handle in handles:
+        handle.remove()
+    assert len(seen) > 90 and set(seen) == {(False, *outside[1:])} and settings() == outside
+    assert not pool.requires_grad
