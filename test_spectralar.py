@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tarfile
 import time
+import urllib.request
 import weakref
 import zlib
 from argparse import Namespace
@@ -2180,3 +2181,20 @@ def test_inception_computes_without_tf32(before, inception, monkeypatch):
         handle.remove()
     assert len(seen) > 90 and set(seen) == {(False, *outside[1:])} and settings() == outside
     assert not pool.requires_grad
+
+
+@TRAINING
+@pytest.mark.parametrize("data, images, classes", [("imagenet", "1,281,167", "1,000"), ("cifar10", "50,000", "10"),
+                                                   ("cifar100", "50,000", "100")])
+def test_plan_needs_no_data_set(script, kind, data, images, classes, tmp_path, capsys, monkeypatch):
+    """--dry-run refused to plan ImageNet before it was there, and downloaded CIFAR though it should write nothing."""
+    def urlopen(*args, **how):
+        raise OSError("no network in tests")
+    monkeypatch.setattr(urllib.request, "urlopen", urlopen)
+    size = 16 if data == "imagenet" else 32
+    flags = f" --image-size {size} --perceptual 0" if script is train_tokenizer else " --views flip"
+    monkeypatch.setitem(PRESETS["imagenet"], "image_size", 16)          # for train_gpt.py, which has no such flag
+    call(script, tmp_path / "out", f"--data {data} --data-dir {tmp_path / 'absent'} --dry-run" + flags)
+    text = capsys.readouterr().out
+    assert f"assumes its {images} training images of {classes} classes" in text and "random images" in text
+    assert f"times all {images}" in text and "step 000001/000006 | loss" in text and not list(tmp_path.iterdir())

@@ -204,6 +204,12 @@ CIFAR = {   # folder in the archive, md5 from the authors' page, files of each s
 }
 
 
+def cifar_folder(name, data_dir):
+    """The folder in or below data_dir that holds the files of the archive; None when they are not there."""
+    _, folder, _, files, _, _ = CIFAR[name]
+    return next((d for d in (Path(data_dir) / folder, Path(data_dir)) if (d / files["val"][0]).exists()), None)
+
+
 class Cifar:
     """CIFAR-10 or CIFAR-100, whole in memory; "val" is the official test set."""
 
@@ -211,7 +217,7 @@ class Cifar:
         if image_size != 32:
             raise UserError(f"{name} images are 32 px, --image-size is {image_size}: leave it at 32")
         archive, folder, md5, files, head, names = CIFAR[name]
-        root = next((d for d in (Path(data_dir) / folder, Path(data_dir)) if (d / files["val"][0]).exists()), None)
+        root = cifar_folder(name, data_dir)
         if root is None:
             file = download(f"https://www.cs.toronto.edu/~kriz/{archive}-binary.tar.gz",
                             Path(data_dir) / f"{archive}-binary.tar.gz", md5,
@@ -411,17 +417,53 @@ def any_crop(image, size, scale, y, x):
     return image.resize((size, size), Image.BICUBIC, box=(left, top, left + side, top + side))
 
 
+# training images, held-out images and classes of the data sets that a plan can do without
+KNOWN_SIZES = {"cifar10": (50_000, 10_000, 10), "cifar100": (50_000, 10_000, 100),
+               "imagenet": (1_281_167, 50_000, 1000)}
+
+
+class RandomImages:
+    """In place of a data set that is not here: enough for a plan."""
+
+    def __init__(self, size, classes, image_size):
+        self.size, self.image_size = size, image_size
+        self.class_names = [f"class {i}" for i in range(classes)]
+
+    def __len__(self):
+        return self.size
+
+    def batch(self, indices, crops=None):
+        """indices (B,) -> uint8 images (B, 3, S, S), labels (B,) long."""
+        indices = torch.as_tensor(indices)
+        images = torch.randint(256, (len(indices), 3, self.image_size, self.image_size), dtype=torch.uint8)
+        return images, indices % len(self.class_names)
+
+
+def is_here(args):
+    """Whether the data set of --data needs no download; of ImageNet, whether its folder is where --data-dir says."""
+    if args.data in CIFAR:
+        return cifar_folder(args.data, args.data_dir) is not None
+    if args.data == "imagenet":
+        return any((Path(args.data_dir) / d).is_dir() for d in ("train", "Data/CLS-LOC/train"))
+    return True
+
+
 def open_data(args):
     """(train, val) data sets of --data; each has len(), class_names and batch(indices, crops) -> uint8 images, labels.
 
     Only image files are cropped: by default as ADM does, for training at random (see batches).
     """
+    if getattr(args, "dry_run", False) and not is_here(args):
+        train, val, classes = KNOWN_SIZES[args.data]
+        print(f"no {args.data} in {args.data_dir}: the plan assumes its {train:,} training images of {classes:,} classes, "
+              f"and its one step runs on random images")
+        return tuple(RandomImages(size, classes, args.image_size) for size in (train, val))
     if args.data == "shapes":
         return tuple(Shapes(split, args.image_size) for split in ("train", "val"))
     if args.data in CIFAR:
         return tuple(Cifar(args.data, split, args.data_dir or "data", args.image_size) for split in ("train", "val"))
     root = Path(args.data_dir if args.data == "imagenet" else args.data)
-    if args.data == "imagenet" and not any((root / d).is_dir() for d in ("train", "Data/CLS-LOC/train")):
+    if args.data == "imagenet" and not is_here(args):
         raise UserError(f"{root} has no train folder: --data-dir names the one that holds ImageNet's "
                         f"train/<wnid>/*.JPEG and val/<wnid>/*.JPEG")
     if not root.is_dir():
