@@ -613,15 +613,16 @@ def out_of_memory(error):
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
 
 
-def read_checkpoint(path, kind):
+def read_checkpoint(path, kind, mmap=False):
     """The checkpoint's dict, on the CPU: on a GPU it would take several times the model's memory.
 
+    mmap: tensors stay in the file until they are used, so that a few small entries are read at once.
     UserError when the file is missing, truncated, or of another kind or format; FailedRun when memory runs out.
     """
     if not os.path.exists(path):
         raise UserError(f"{path} does not exist: train it first (train_{kind}.py), or name its folder by --out")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
         found = checkpoint["kind"], checkpoint["format"]
     except (MemoryError, *UNREADABLE) as e:
         if out_of_memory(e):

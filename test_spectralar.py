@@ -1454,7 +1454,9 @@ def test_finetuned_decoder_keeps_the_codes(trained, tmp_path, capsys):
         call(sample_script, out, f"--num 4 --tokenizer {out / 'tokenizer.pt'} {flags}")
         pictures.append(np.array(Image.open(out / "samples.png")).astype(int))
     assert abs(pictures[0] - pictures[1]).max() > 0
-    line = error_of(capsys, train_tokenizer, out, "--resume --steps 9 --image-size 16")
+    call(train_tokenizer, out, "--resume --steps 9")                    # the decoder alone again, without being told
+    assert code_fingerprint(load_tokenizer(out / "tokenizer.pt")) == code_fingerprint(old)
+    line = error_of(capsys, train_tokenizer, out, "--resume --steps 12 --finetune-decoder ''")
     assert "resume with the flags of its start" in line
 
 
@@ -2198,3 +2200,61 @@ def test_plan_needs_no_data_set(script, kind, data, images, classes, tmp_path, c
     text = capsys.readouterr().out
     assert f"assumes its {images} training images of {classes} classes" in text and "random images" in text
     assert f"times all {images}" in text and "step 000001/000006 | loss" in text and not list(tmp_path.iterdir())
+
+
+def resumed_from_step(out, kind, step, copy):
+    """A copy of a run's folder as it was after a step that --keep left there."""
+    shutil.copytree(out, copy, ignore=shutil.ignore_patterns("*-0*.pt", f"{kind}.pt"))
+    shutil.copy(out / f"{kind}-{step:07d}.pt", copy / f"{kind}.pt")
+    return copy
+
+
+CHANGED = "--lr 5e-4 --seed 3 --betas 0.8 0.9 --weight-decay 0.3 --batch-size 6 --hold 0.3 --ema 0.9 --clip 0.5"
+
+
+@TRAINING
+def test_resume_takes_the_flags_of_its_run(script, kind, trained, tmp_path, capsys, monkeypatch):
+    """A run of --lr 5e-4 went on at the preset's rate, on other batches, when --resume stood alone; now bit for bit."""
+    whole = shutil.copytree(trained, tmp_path / "whole", ignore=shutil.ignore_patterns(f"{kind}.pt"))
+    call(script, whole, f"{CHANGED} --save-every 2 --keep 9")
+    # sizes and codes stay here, as a run of other sizes was refused; the next test leaves them out, too
+    monkeypatch.setitem(FLAGS, script, " ".join(re.findall(
+        r"--(?:width|depth|heads|image-size|patch-size|num-tokens|codebook-size|code-dim|code-images|eval-images) \d+", FLAGS[script])))
+    resumed = resumed_from_step(whole, kind, 2, tmp_path / "resumed")
+    capsys.readouterr()
+    call(script, resumed, "--resume --steps 6")
+    assert "resume: " not in capsys.readouterr().out
+    assert_same(whole / f"{kind}.pt", resumed / f"{kind}.pt")
+
+
+@TRAINING
+def test_resume_needs_no_other_flag_and_tells_what_changes(script, kind, trained, tmp_path, capsys, monkeypatch):
+    """The flags of the run, sizes included, had to be given again, and one that differed was taken without a word."""
+    whole = shutil.copytree(trained, tmp_path / "whole", ignore=shutil.ignore_patterns(f"{kind}.pt"))
+    call(script, whole, f"{CHANGED} --save-every 2 --keep 9")
+    monkeypatch.setitem(FLAGS, script, "")
+    # codes belong to a dtype, so that a generator's cannot change
+    other, value, before = ("dtype", "bfloat16", "float32") if kind == "tokenizer" else ("label-drop", "0.2", "0.1")
+    for name, flags in (("bare", ""), ("changed", f"--lr 1e-3 --betas 0.5 0.6 --{other} {value} --seed 3")):
+        resumed = resumed_from_step(whole, kind, 2, tmp_path / name)
+        capsys.readouterr()
+        call(script, resumed, f"--resume {flags}")
+        told = re.findall("^resume: (.*)", capsys.readouterr().out, re.M)
+    assert_same(whole / f"{kind}.pt", tmp_path / "bare" / f"{kind}.pt")
+    assert sorted(told) == ["--betas is [0.5, 0.6] now, it was [0.8, 0.9]", f"--{other} is {value} now, it was {before}",
+                            "--lr is 0.001 now, it was 0.0005"]
+    saved = torch.load(tmp_path / "changed" / f"{kind}.pt", weights_only=True)["args"]
+    assert (saved["lr"], str(saved[other.replace("-", "_")]), saved["weight_decay"]) == (1e-3, value, 0.3)
+    call(script, tmp_path / "bare", "--resume --steps 8 --batch-size 9")
+    assert "1 pass(es) of 9" in capsys.readouterr().out                 # the size of a pass follows from the batch
+
+
+@TRAINING
+@pytest.mark.parametrize("flag", ["--weight-decay 50", "--betas 0.1 0.2"])
+def test_optimizer_settings_can_be_changed_on_resume(script, kind, flag, trained, tmp_path):
+    """--weight-decay and --betas were ignored on --resume, while the checkpoint recorded the new values."""
+    as_it_was, changed = (shutil.copytree(trained, tmp_path / name) for name in ("as_it_was", "changed"))
+    call(script, as_it_was, "--resume --steps 9")
+    call(script, changed, f"--resume --steps 9 {flag}")
+    one, other = (torch.load(out / f"{kind}.pt", weights_only=True) for out in (as_it_was, changed))
+    assert any(not torch.equal(x, other["model"][k]) for k, x in one["model"].items())

@@ -27,9 +27,10 @@ from spectralar import (GPT, FailedRun, GPTConfig, SpectralTokenizer, TokenizerC
                         load_tokenizer, wrap_int64)
 from train_tokenizer import (Folder, Interrupt, Log, Meter, add_training_flags, ahead, any_rank, autocast, barrier,
                              base_parser, batch_indices, choose_dtype, cost_of_image, finish_args, first_rank_first,
-                             lr_at, make_optimizer, micro_rows, new_run, open_data, optimizer_step, pick, preset_of,
-                             print_plan, recompute_blocks, restore, run, save_grid, save_run, seed_step, share_batch,
-                             share_work, syncing, to_float, to_uint8, update_ema, without_memory, wrap)
+                             lr_at, make_optimizer, micro_rows, new_run, open_data, optimizer_step, parse_run_flags,
+                             pick, preset_of, print_plan, recompute_blocks, restore, run, save_grid, save_run,
+                             seed_step, share_batch, share_work, syncing, to_float, to_uint8, update_ema,
+                             without_memory, wrap)
 
 # ------------------------------------------------------------------------------------------------------------------
 # codes of the data set, encoded once
@@ -216,7 +217,7 @@ def parse_args(argv=None):
     add_training_flags(parser, p)
     parser.add_argument("--zero", action=argparse.BooleanOptionalAction, default=False,
                         help="share Adam's moments among the GPUs (ZeroRedundancyOptimizer), for 1 B parameters and up")
-    args = finish_args(parser, parser.parse_args(argv))
+    args = finish_args(parser, parse_run_flags(parser, argv, "gpt"))
     args.width, args.heads = args.width or 64 * args.depth, args.heads or args.depth
     return args
 

@@ -793,7 +793,8 @@ def add_training_flags(parser, p):
     add("--eval-every", type=int, default=p["eval_every"], help="steps between evaluations with pictures")
     add("--save-every", type=int, default=p["eval_every"], help="steps between checkpoints")
     add("--keep", type=int, default=0, help="of the last checkpoints so many stay under their step's name, too")
-    add("--resume", action="store_true", help="go on from the checkpoint in --out")
+    add("--resume", action="store_true", help="go on from the checkpoint in --out, with the flags of its run; a flag "
+        "that is given changes its own")
     add("--overwrite", action="store_true", help="replace the checkpoint in --out")
     add("--workers", type=int, default=min(8, os.cpu_count() or 1), help="threads of a process that decode image files")
     add("--dtype", choices=("auto", "bfloat16", "float32"), default="auto", help="of matrix products; auto: the faster")
@@ -820,8 +821,40 @@ def finish_args(parser, args):
         torch.empty(1, device=args.device)
     except (RuntimeError, AssertionError) as e:
         parser.error(f"--device {args.device}: {str(e).splitlines()[0]}")
+    args.out = run_folder(args)
+    return args
+
+
+def run_folder(args):
+    """--out, or the folder in out/ that --data names."""
     name = args.data if args.data in DATA else Path(args.data).resolve().name
-    args.out = Path(args.out or Path("out") / name)
+    return Path(args.out or Path("out") / name)
+
+
+def parse_run_flags(parser, argv, kind):
+    """The flags of a training script; with --resume those of the saved run are the defaults, so that it goes on alike.
+
+    Prints what the command line changes.
+    """
+    args = parser.parse_args(argv)
+    path = run_folder(args) / f"{kind}.pt"
+    if not args.resume or not path.exists():
+        return args
+    try:
+        saved = read_checkpoint(path, kind, mmap=True).get("args", {})
+    except (UserError, FailedRun) as e:
+        parser.error(str(e))
+    # where a process's share of the batch was one pass, that followed from the number of processes then
+    if saved.get("micro_batch") == saved.get("batch_size", 0) // saved.get("ranks", 1):
+        saved["micro_batch"] = None
+    own = ("resume", "overwrite", "dry_run", "out", "device")
+    known = {action.dest for action in parser._actions if action.dest not in own}
+    saved = {k: list(v) if type(v) is tuple else v for k, v in saved.items() if k in known}
+    parser.set_defaults(**saved)
+    args = parser.parse_args(argv)
+    for k, v in saved.items():
+        if getattr(args, k) != v and os.environ.get("RANK", "0") == "0":
+            print(f"resume: --{k.replace('_', '-')} is {getattr(args, k)} now, it was {v}")
     return args
 
 
@@ -1008,7 +1041,7 @@ def choose_dtype(args):
         dtype = torch.bfloat16 if ratio > 1.3 else torch.float32
         reason = f"a bfloat16 matrix product is {ratio:.1f} x as fast as float32 here"
     else:
-        dtype, reason = getattr(torch, args.dtype), "--dtype"
+        dtype, reason = getattr(torch, args.dtype), "--dtype, or that of the run" if args.resume else "--dtype"
     args.dtype = str(dtype).removeprefix("torch.")
     print(f"dtype {args.dtype} ({reason}), {speed[dtype] / 1e9:.0f} GFLOP/s in a matrix product = mfu 100%")
     return speed[dtype]
@@ -1074,7 +1107,10 @@ def plain(args):
 
 
 def restore(path, kind, parts, args):
-    """Load a run's checkpoint into its parts {name: model or optimizer}, keep its dtype; returns the checkpoint."""
+    """Load a run's checkpoint into its parts {name: model or optimizer}; returns the checkpoint.
+
+    Optimizers keep the betas and the weight decay of this run: they may have been changed by a flag.
+    """
     checkpoint = read_checkpoint(path, kind)
     for k, v in asdict(parts["model"].config).items():
         if checkpoint["config"].get(k) != v:
@@ -1084,12 +1120,14 @@ def restore(path, kind, parts, args):
         raise UserError(f"{path} has done {checkpoint['step']} steps, --steps is {args.steps}: ask for more to go on")
     for name, part in parts.items():
         if name in checkpoint:                                          # a discriminator may be new
+            groups = [(g["betas"], g["weight_decay"]) for g in getattr(part, "param_groups", [])]
             try:
                 part.load_state_dict(checkpoint[name])
+                for group, (betas, decay) in zip(getattr(part, "param_groups", []), groups):
+                    group.update(betas=betas, weight_decay=decay)
             except ValueError:
                 raise UserError(f"{path}: its {name} trained other parameters than this run's: resume with the flags "
                                 f"of its start") from None
-    args.dtype = checkpoint["args"]["dtype"]
     return checkpoint
 
 
@@ -1396,7 +1434,7 @@ def parse_args(argv=None):
     add("--vgg", help="file of torchvision's VGG16 (default: downloaded, 528 MB)")
     add("--lpips-weights", help="file of LPIPS' linear layers, v0.1 VGG (default: downloaded)")
     add_training_flags(parser, p)
-    return finish_args(parser, parser.parse_args(argv))
+    return finish_args(parser, parse_run_flags(parser, argv, "tokenizer"))
 
 
 def draw_levels(B, N, full_only):
