@@ -636,16 +636,46 @@ def read_checkpoint(path, kind, mmap=False):
     return checkpoint
 
 
-def build(model_class, config_class, part, device):
+def need(path, found, *keys):
+    """UserError that names the first key a checkpoint, or a part of one, should have and has not."""
+    for key in keys:
+        if key not in found:
+            raise UserError(f"{path} has no {key}: another version of this program wrote it, use that or train anew")
+
+
+def read_config(config_class, found, path):
+    """The config of a checkpoint; UserError that names the first field that this version does not have."""
+    for name in found:
+        if name not in config_class.__dataclass_fields__:
+            raise UserError(f"{path} has {name} {found[name]} in its config, which this version does not know: use the "
+                            f"version that wrote it, or train anew")
+    return config_class(**found)
+
+
+def load_weights(model, found, path):
+    """model.load_state_dict; UserError that names the first weight that is missing, unknown or of another shape."""
+    own = model.state_dict()
+    for name in [*own, *found]:
+        here, there = (tuple(weights[name].shape) if name in weights else None for weights in (own, found))
+        if here != there:
+            reason = f"no {name}" if there is None else f"{name} of shape {there}"
+            wanted = "does not know it" if here is None else f"needs it of shape {here}"
+            raise UserError(f"{path} has {reason}, and this version {wanted}: use the version that wrote it, or train "
+                            f"anew")
+    model.load_state_dict(found)
+
+
+def build(model_class, config_class, part, path, device):
     """A model in eval mode from {config, model, ema}: the averaged weights where there are any."""
-    model = model_class(config_class(**part["config"]))
-    model.load_state_dict(part.get("ema") or part["model"])
+    need(path, part, "config", "model")
+    model = model_class(read_config(config_class, part["config"], path))
+    load_weights(model, part.get("ema") or part["model"], path)
     return model.to(device).eval()
 
 
 def load_tokenizer(path, device="cpu"):
     """SpectralTokenizer of a tokenizer.pt, ready to encode and decode."""
-    return build(SpectralTokenizer, TokenizerConfig, read_checkpoint(path, "tokenizer"), device)
+    return build(SpectralTokenizer, TokenizerConfig, read_checkpoint(path, "tokenizer"), path, device)
 
 
 def load_gpt(path, device="cpu"):
@@ -656,8 +686,9 @@ def load_gpt(path, device="cpu"):
 def load_generator(path, device="cpu"):
     """(GPT, SpectralTokenizer, class names) of a gpt.pt: it carries the tokenizer of its codes, so one file samples."""
     checkpoint = read_checkpoint(path, "gpt")
-    return (build(GPT, GPTConfig, checkpoint, device),
-            build(SpectralTokenizer, TokenizerConfig, checkpoint["tokenizer"], device), checkpoint["class_names"])
+    need(path, checkpoint, "tokenizer", "class_names")
+    return (build(GPT, GPTConfig, checkpoint, path, device),
+            build(SpectralTokenizer, TokenizerConfig, checkpoint["tokenizer"], path, device), checkpoint["class_names"])
 
 
 def fingerprint(model, without=()):

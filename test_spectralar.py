@@ -2258,3 +2258,45 @@ def test_optimizer_settings_can_be_changed_on_resume(script, kind, flag, trained
     call(script, changed, f"--resume --steps 9 {flag}")
     one, other = (torch.load(out / f"{kind}.pt", weights_only=True) for out in (as_it_was, changed))
     assert any(not torch.equal(x, other["model"][k]) for k, x in one["model"].items())
+
+
+def other_version(checkpoint, change):
+    """A checkpoint as another version might have written it, and the key or field by which it differs."""
+    config, weights = checkpoint["config"], [checkpoint["model"], checkpoint["ema"]]
+    last = list(weights[0])[-1]
+    if change == "field":
+        config["rope_base"] = 10000
+        return "rope_base"
+    if change == "no weights":
+        del checkpoint["model"], checkpoint["ema"]
+        return "model"
+    for w in weights:
+        if change == "missing":
+            del w[last]
+        elif change == "unknown":
+            w["rope.frequencies"] = torch.ones(3)
+        elif change == "shape":
+            w[last] = torch.ones(7)
+    return "rope.frequencies" if change == "unknown" else last
+
+
+@pytest.mark.parametrize("change", ["field", "missing", "unknown", "shape", "no weights"])
+def test_checkpoint_of_another_version_is_told_in_one_line(change, a_copy, capsys):
+    """An unknown config field or a missing weight ended in a traceback; the line names the first that differs."""
+    for kind, commands in (("gpt", [(sample_script, ""), (train_gpt, "--resume --steps 9")]),
+                           ("tokenizer", [(train_gpt, "--overwrite"), (train_tokenizer, "--resume --steps 9")])):
+        path = a_copy / f"{kind}.pt"
+        checkpoint = torch.load(path, weights_only=True)
+        differs = other_version(checkpoint, change)
+        torch.save(checkpoint, path)
+        for script, flags in commands:
+            line = error_of(capsys, script, a_copy, flags)
+            assert line.startswith("error: ") and path.name in line and differs in line and "version" in line
+
+
+def test_config_field_that_is_newer_than_a_checkpoint_takes_its_default(tmp_path):
+    """So that a new field does not end the life of every checkpoint."""
+    model, path = tiny_tokenizer(), tmp_path / "tokenizer.pt"
+    config = {k: v for k, v in vars(model.config).items() if k != "flat"}
+    save_checkpoint(path, "tokenizer", config=config, model=model.state_dict())
+    assert load_tokenizer(path).config == model.config

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from spectralar import (GPT, FailedRun, GPTConfig, SpectralTokenizer, TokenizerConfig, UserError, code_fingerprint,
-                        load_tokenizer, wrap_int64)
+                        load_tokenizer, need, wrap_int64)
 from train_tokenizer import (Folder, Interrupt, Log, Meter, add_training_flags, ahead, any_rank, autocast, barrier,
                              base_parser, batch_indices, choose_dtype, cost_of_image, finish_args, first_rank_first,
                              lr_at, make_optimizer, micro_rows, new_run, open_data, optimizer_step, parse_run_flags,
@@ -283,6 +283,7 @@ def main(args):
     start, model, code_name = 0, parts["model"], code_fingerprint(tokenizer)
     if args.resume:
         checkpoint = restore(path, "gpt", parts, args)
+        need(path, checkpoint, "tokenizer")
         start, learned = checkpoint["step"], checkpoint["tokenizer"]["fingerprint"]
         if learned != code_name:
             raise UserError(f"{path} learned codes of tokenizer {learned}, {args.out / 'tokenizer.pt'} makes those of "

@@ -46,7 +46,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from spectralar import (UNREADABLE, Block, FailedRun, SpectralTokenizer, TokenizerConfig, UserError, dct_matrix,
-                        load_tokenizer, low_pass, out_of_memory, read_checkpoint, save_checkpoint, uniforms, wrap_int64)
+                        load_tokenizer, load_weights, low_pass, need, out_of_memory, read_checkpoint, read_config,
+                        save_checkpoint, uniforms, wrap_int64)
 
 # ------------------------------------------------------------------------------------------------------------------
 # presets: all that --data or --preset sets (a folder takes "cifar", so that defaults run on a laptop). Every field is a
@@ -680,7 +681,7 @@ def load_classifier(path, kind, train, val, args):
         if saved.get(k) != v:
             raise UserError(f"{path} is of {k} {saved.get(k)}, this run needs {v}: delete it, or name another file")
     model = Classifier(len(train.class_names), args.image_size, kind["widths"])
-    model.load_state_dict(saved["model"])
+    load_weights(model, saved["model"], path)
     if args.rank == 0:
         print(f"{path}: test accuracy {saved['accuracy']:.1%}")
     return model.to(args.device, memory_format=torch.channels_last).eval().requires_grad_(False)
@@ -1112,18 +1113,22 @@ def restore(path, kind, parts, args):
     Optimizers keep the betas and the weight decay of this run: they may have been changed by a flag.
     """
     checkpoint = read_checkpoint(path, kind)
+    need(path, checkpoint, "config", "model", "ema", "optimizer", "step")
+    saved = asdict(read_config(type(parts["model"].config), checkpoint["config"], path))
     for k, v in asdict(parts["model"].config).items():
-        if checkpoint["config"].get(k) != v:
-            raise UserError(f"{path} has {k} {checkpoint['config'].get(k)}, this run {v}: resume with the same sizes, "
-                            f"or take another --out")
+        if saved[k] != v:
+            raise UserError(f"{path} has {k} {saved[k]}, this run {v}: resume with the same sizes, or take another --out")
     if checkpoint["step"] >= args.steps:
         raise UserError(f"{path} has done {checkpoint['step']} steps, --steps is {args.steps}: ask for more to go on")
     for name, part in parts.items():
         if name in checkpoint:                                          # a discriminator may be new
-            groups = [(g["betas"], g["weight_decay"]) for g in getattr(part, "param_groups", [])]
+            if isinstance(part, torch.nn.Module):
+                load_weights(part, checkpoint[name], path)
+                continue
+            groups = [(g["betas"], g["weight_decay"]) for g in part.param_groups]
             try:
                 part.load_state_dict(checkpoint[name])
-                for group, (betas, decay) in zip(getattr(part, "param_groups", []), groups):
+                for group, (betas, decay) in zip(part.param_groups, groups):
                     group.update(betas=betas, weight_decay=decay)
             except ValueError:
                 raise UserError(f"{path}: its {name} trained other parameters than this run's: resume with the flags "
