@@ -2300,3 +2300,26 @@ def test_config_field_that_is_newer_than_a_checkpoint_takes_its_default(tmp_path
     config = {k: v for k, v in vars(model.config).items() if k != "flat"}
     save_checkpoint(path, "tokenizer", config=config, model=model.state_dict())
     assert load_tokenizer(path).config == model.config
+
+
+class Viewed:
+    """A data set that returns views of its images, not copies."""
+    class_names = ["a", "b"]
+
+    def __init__(self):
+        self.images = torch.from_numpy(stream(0).randint(0, 256, (64, 3, 16, 16)).astype(np.uint8))
+
+    def __len__(self):
+        return len(self.images)
+
+    def batch(self, indices, crops=None):
+        return self.images[:len(indices)], torch.as_tensor(indices) % 2
+
+
+def test_training_leaves_the_images_of_a_data_set_alone(tmp_path, monkeypatch):
+    """Mirror images were made in place: a data set that returns views of its images was changed for good."""
+    data = Viewed()
+    before = data.images.clone()
+    monkeypatch.setattr(train_tokenizer, "open_data", lambda args: (data, data))
+    call(train_tokenizer, tmp_path)
+    assert torch.equal(data.images, before)

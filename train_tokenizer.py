@@ -501,8 +501,8 @@ def batches(data, args, start):
         u = uniforms(stream + torch.arange(args.batch_size)[rows], 4)
         crops = torch.stack([1 + u[:, 1] / 8, u[:, 2], u[:, 3]], 1)     # short side 1 .. 1.125 times the image side
         images, _ = data.batch(batch_indices(len(data), args.batch_size, step, args.seed)[rows], crops)
-        flipped = u[:, 0] < 0.5
-        images[flipped] = images[flipped].flip(-1)
+        # not in place: a data set may return a view of its own images
+        images = torch.where((u[:, 0] < 0.5)[:, None, None, None], images.flip(-1), images)
         return images.pin_memory() if args.device.startswith("cuda") else images
     return ahead(make, count(start * args.accumulate))
 
