@@ -169,8 +169,9 @@ class InceptionV3(nn.Module):
 
 @contextmanager
 def without_tf32():
-    """Context in which cuDNN's convolutions are of full float32: by default they round their inputs to 10 bits (TF32).
+    """Context in which cuDNN computes convolutions in full float32.
 
+    By default it rounds their inputs to the 10 bits of TF32.
     NOTE: torch.backends.cudnn.flags(allow_tf32=False) would switch cuDNN itself off, too.
     """
     before = torch.backends.cudnn.allow_tf32
@@ -351,8 +352,8 @@ def read_folder(path, workers):
     def decode_alike(file):
         pixels = decode(file)
         if pixels.shape != (height, width, 3):
-            raise UserError(f"{file} is {pixels.shape[1]} x {pixels.shape[0]}, {files[0]} {width} x {height}: "
-                            f"bring all to one size")
+            raise UserError(f"{file} is {pixels.shape[1]} x {pixels.shape[0]}, {files[0]} {width} x "
+                            f"{height}: bring all to one size")
         return pixels
     pool = ThreadPoolExecutor(max(1, workers))
     return len(files), lambda start, stop: torch.from_numpy(
@@ -456,7 +457,7 @@ def distances(samples, reference, args):
 # commands: each returns (rows of {column: value}, what the record adds)
 
 def load_data(args):
-    """(train, val) of --data: the first rank downloads what is absent, the others wait and find it."""
+    """(train, val) of --data. The first rank downloads what is absent, the others wait for it."""
     return first_rank_first(lambda: open_data(args), args)
 
 
@@ -517,7 +518,9 @@ def measure_samples(gpt, tokenizer, network, train, levels, args):
 def generation(args):
     gpt, tokenizer, _ = load_models(args)
     args.image_size = tokenizer.config.image_size
-    return measure_samples(gpt, tokenizer, load_network(args), load_data(args)[0], [args.tokens], args)
+    network = load_network(args)
+    train, _ = load_data(args)
+    return measure_samples(gpt, tokenizer, network, train, [args.tokens], args)
 
 
 def octaves(S):
@@ -579,7 +582,9 @@ def reconstruction(args):
     tokenizer = load_tokenizer(args.out / "tokenizer.pt", args.device)
     args.image_size = tokenizer.config.image_size
     levels = args.levels or [tokenizer.config.num_tokens]
-    rows, more = measure_reconstructions(tokenizer, load_network(args), load_data(args)[1], levels, args)
+    network = load_network(args)
+    _, val = load_data(args)
+    rows, more = measure_reconstructions(tokenizer, network, val, levels, args)
     return [{k: v for k, v in row.items() if k != "bands"} for row in rows], more
 
 
@@ -596,7 +601,8 @@ def truncation(args):
     reconstructions, more = measure_reconstructions(tokenizer, network, val, levels, args)
     samples = [{}] * len(levels)
     if models:
-        args.tokens = max(levels)                                               # no level looks at the tokens after it
+        # no level decodes a token after its own, so these are all that is sampled
+        args.tokens = max(levels)
         gpt, its_tokenizer, _ = models
         samples, more["samples"] = measure_samples(gpt, its_tokenizer, network, train, levels, args)
     octave = [0] + [2 ** b for b in range(len(reconstructions[0]["bands"]) - 1)]        # lowest frequency of each band
@@ -637,7 +643,8 @@ def draw_levels(path, tokenizer, val, levels, args):
     rows = [shades, to_uint8(low_pass(first, windows))]                         # each (G, 3, S, S)
     for code in tokenizer.encode(images).split(1):
         rows.append(to_uint8(tokenizer.decode(code.expand(len(levels), -1), level)))
-    originals = to_uint8(torch.cat([images[:1], images[:1], images]))           # there may be fewer than four
+    # the first two rows show the first image; fewer than four images may be held out
+    originals = to_uint8(torch.cat([images[:1], images[:1], images]))
     save_grid(path, [torch.cat([x[None], row]) for x, row in zip(originals, rows)],
               ["spectrum in its window", "sub-image", *["reconstruction"] * len(images)],
               ["image", *(f"{k} token{'s' * (k > 1)}" for k in levels)])
@@ -654,7 +661,8 @@ def probe(args):
                             f"px images, {args.out} {N} of {args.image_size}: compare runs of the same sizes")
     train, val = load_data(args)
     chosen = pick(len(train), args.num or 50_000)
-    chosen = chosen[torch.randperm(len(chosen), generator=torch.Generator().manual_seed(wrap_int64(args.seed)))]
+    generator = torch.Generator().manual_seed(wrap_int64(args.seed))
+    chosen = chosen[torch.randperm(len(chosen), generator=generator)]
     fit = len(chosen) * 4 // 5
     parts = (train, chosen[:fit]), (train, chosen[fit:]), (val, pick(len(val), 10_000))
     curves = {}
@@ -669,10 +677,12 @@ def probe(args):
                                     for c in seen.T]
         if gpt:
             curves[f"bits{name}"] = measure_bits(gpt, codes[2], labels[2], args)["bits_by_position"]
-    patches, values = patch_sides(args.image_size, N), 3 * args.image_size ** 2
+    patches = patch_sides(args.image_size, N)
+    values = 3 * args.image_size ** 2
     if patches and values > 4096:
-        print(f"no R2 of raster patches: an image has {values:,} values, and the covariance of more than 4,096 takes too "
-              f"much memory and time")
+        # 309 GB at 256 px
+        print(f"no R2 of raster patches: an image has {values:,} values, and the covariance of more "
+              f"than 4,096 takes too much memory and time")
         patches = None
     if patches:
         def read(data, chosen, a, b):
@@ -870,8 +880,10 @@ def parse_args(argv=None):
         args.levels = [int(i) for i in args.levels.split(",")] if args.levels else None
     except ValueError:
         parser.error(f"--levels is {args.levels}: give numbers of tokens, as 1,2,4")
-    if args.command == "truncation" and args.tokens is not None:                # the codes that follow would be blank
-        parser.error(f"--tokens {args.tokens} is of generation: truncation takes numbers of tokens by --levels")
+    # higher levels would be decoded from codes that were never sampled
+    if args.command == "truncation" and args.tokens is not None:
+        parser.error(f"--tokens {args.tokens} is for generation: for truncation give numbers of tokens by "
+                     f"--levels")
     return args
 
 

@@ -37,11 +37,12 @@ class FailedRun(RuntimeError):
 
 @lru_cache(maxsize=64)
 def dct_matrix(n, dtype=torch.float32, device=None):
-    """(n, n) orthonormal DCT-II: row k is the cosine of frequency k, so dct_matrix(n) @ signal is its spectrum.
+    """(n, n) orthonormal DCT-II: row k is the cosine of frequency k.
 
-    Kept for later calls, as each step needs it a dozen times and a GPU waits while one is copied: never write to it.
+    dct_matrix(n) @ signal is the signal's spectrum. The matrix is kept for later calls: never write to it.
     """
-    # an inference tensor would be of no use to a later training step
+    # kept because each training step needs it a dozen times, and each copy to a GPU makes it wait
+    # not an inference tensor: a later training step could not use it
     with torch.inference_mode(False):
         k = torch.arange(n, dtype=torch.float64)
         C = torch.cos(math.pi / n * k[:, None] * (k + 0.5)) * math.sqrt(2 / n)
@@ -571,7 +572,7 @@ def sample(logits, uniform, temperature=1.0, top_k=0, top_p=1.0):
 
 
 def wrap_int64(n):
-    """A Python integer of any size as 64 bits with a sign, the way C's wraps round: so any --seed will do."""
+    """A Python integer of any size as a signed 64-bit one, modulo 2^64. So every --seed works."""
     return (n + 2 ** 63) % 2 ** 64 - 2 ** 63
 
 
@@ -609,15 +610,18 @@ def save_checkpoint(path, kind, **content):
 
 
 def out_of_memory(error):
-    """Whether an exception says that memory ran out: Python and PyTorch's two allocators each have their own way."""
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
+    """Whether an exception says that memory ran out, be it of Python, of a GPU, or of PyTorch on a CPU."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return "can't allocate memory" in str(error)
 
 
 def read_checkpoint(path, kind, mmap=False):
     """The checkpoint's dict, on the CPU: on a GPU it would take several times the model's memory.
 
-    mmap: tensors stay in the file until they are used, so that a few small entries are read at once.
-    UserError when the file is missing, truncated, or of another kind or format; FailedRun when memory runs out.
+    mmap: tensors stay in the file until they are used. This is fast when only the flags are needed.
+    UserError when the file is missing, truncated, or of another kind or format.
+    FailedRun when memory runs out.
     """
     if not os.path.exists(path):
         raise UserError(f"{path} does not exist: train it first (train_{kind}.py), or name its folder by --out")
@@ -627,8 +631,8 @@ def read_checkpoint(path, kind, mmap=False):
     except (MemoryError, *UNREADABLE) as e:
         if out_of_memory(e):
             size = os.path.getsize(path) / 1e9
-            raise FailedRun(f"out of memory while reading {path}, {size:.2g} GB: the file may well be whole; free some "
-                            f"memory, then try again") from None
+            raise FailedRun(f"out of memory while reading {path}, {size:.2g} GB: the file may be whole; "
+                            f"free some memory, then try again") from None
         reason = (str(e).strip() or type(e).__name__).splitlines()[0][:100]
         raise UserError(f"{path} is not a whole checkpoint ({reason}): it is truncated or of another program") from None
     if found != (kind, FORMAT):
@@ -637,31 +641,35 @@ def read_checkpoint(path, kind, mmap=False):
 
 
 def need(path, found, *keys):
-    """UserError that names the first key a checkpoint, or a part of one, should have and has not."""
+    """UserError that names the first of the keys that a checkpoint lacks."""
     for key in keys:
         if key not in found:
-            raise UserError(f"{path} has no {key}: another version of this program wrote it, use that or train anew")
+            raise UserError(f"{path} has no {key}, which this version needs: use the version that wrote it, "
+                            f"or train anew")
 
 
 def read_config(config_class, found, path):
-    """The config of a checkpoint; UserError that names the first field that this version does not have."""
+    """The config of a checkpoint. UserError that names the first field unknown to this version."""
     for name in found:
         if name not in config_class.__dataclass_fields__:
-            raise UserError(f"{path} has {name} {found[name]} in its config, which this version does not know: use the "
-                            f"version that wrote it, or train anew")
+            raise UserError(f"{path} has {name} {found[name]} in its config, and this version does not know "
+                            f"it: use the version that wrote it, or train anew")
     return config_class(**found)
 
 
 def load_weights(model, found, path):
-    """model.load_state_dict; UserError that names the first weight that is missing, unknown or of another shape."""
-    own = model.state_dict()
-    for name in [*own, *found]:
-        here, there = (tuple(weights[name].shape) if name in weights else None for weights in (own, found))
-        if here != there:
-            reason = f"no {name}" if there is None else f"{name} of shape {there}"
-            wanted = "does not know it" if here is None else f"needs it of shape {here}"
-            raise UserError(f"{path} has {reason}, and this version {wanted}: use the version that wrote it, or train "
-                            f"anew")
+    """model.load_state_dict(found).
+
+    UserError that names the first weight that is missing, unknown or of another shape.
+    """
+    own = {name: tuple(weight.shape) for name, weight in model.state_dict().items()}
+    theirs = {name: tuple(weight.shape) for name, weight in found.items()}
+    for name in [*own, *theirs]:
+        if own.get(name) != theirs.get(name):
+            reason = f"{name} of shape {theirs[name]}" if name in theirs else f"no {name}"
+            wanted = f"needs it of shape {own[name]}" if name in own else "does not know it"
+            raise UserError(f"{path} has {reason}, and this version {wanted}: use the version that wrote it, "
+                            f"or train anew")
     model.load_state_dict(found)
 
 
@@ -675,7 +683,8 @@ def build(model_class, config_class, part, path, device):
 
 def load_tokenizer(path, device="cpu"):
     """SpectralTokenizer of a tokenizer.pt, ready to encode and decode."""
-    return build(SpectralTokenizer, TokenizerConfig, read_checkpoint(path, "tokenizer"), path, device)
+    checkpoint = read_checkpoint(path, "tokenizer")
+    return build(SpectralTokenizer, TokenizerConfig, checkpoint, path, device)
 
 
 def load_gpt(path, device="cpu"):
@@ -687,8 +696,9 @@ def load_generator(path, device="cpu"):
     """(GPT, SpectralTokenizer, class names) of a gpt.pt: it carries the tokenizer of its codes, so one file samples."""
     checkpoint = read_checkpoint(path, "gpt")
     need(path, checkpoint, "tokenizer", "class_names")
-    return (build(GPT, GPTConfig, checkpoint, path, device),
-            build(SpectralTokenizer, TokenizerConfig, checkpoint["tokenizer"], path, device), checkpoint["class_names"])
+    gpt = build(GPT, GPTConfig, checkpoint, path, device)
+    tokenizer = build(SpectralTokenizer, TokenizerConfig, checkpoint["tokenizer"], path, device)
+    return gpt, tokenizer, checkpoint["class_names"]
 
 
 def fingerprint(model, without=()):

@@ -1454,7 +1454,7 @@ def test_finetuned_decoder_keeps_the_codes(trained, tmp_path, capsys):
         call(sample_script, out, f"--num 4 --tokenizer {out / 'tokenizer.pt'} {flags}")
         pictures.append(np.array(Image.open(out / "samples.png")).astype(int))
     assert abs(pictures[0] - pictures[1]).max() > 0
-    call(train_tokenizer, out, "--resume --steps 9")                    # the decoder alone again, without being told
+    call(train_tokenizer, out, "--resume --steps 9")                    # still the decoder alone
     assert code_fingerprint(load_tokenizer(out / "tokenizer.pt")) == code_fingerprint(old)
     line = error_of(capsys, train_tokenizer, out, "--resume --steps 12 --finetune-decoder ''")
     assert "resume with the flags of its start" in line
@@ -1954,7 +1954,7 @@ def test_ticks_are_round():
 # bugs that were reported: each test fails on the code before its fix
 
 class SlowBfloat16(TorchDispatchMode):
-    """A clock on which a bfloat16 product takes as long as on a CPU without bfloat16: 7.2 s at side 1024."""
+    """A clock for a CPU without bfloat16 instructions: a product of side 1024 takes 7.2 s."""
     seconds = 0.0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
@@ -1964,7 +1964,7 @@ class SlowBfloat16(TorchDispatchMode):
 
 
 def test_dtype_is_chosen_within_a_second_where_bfloat16_is_slow(monkeypatch, capsys):
-    """Eight bfloat16 products of side 1024 kept every start waiting for a minute on a CPU without bfloat16."""
+    """Eight bfloat16 products of side 1024 delayed every start by a minute on such a CPU."""
     real = time.perf_counter
     monkeypatch.setattr(train_tokenizer, "matmul_speed", matmul_speed)  # other tests replace it
     with SlowBfloat16() as clock:
@@ -1977,38 +1977,45 @@ def test_dtype_is_chosen_within_a_second_where_bfloat16_is_slow(monkeypatch, cap
 def test_dtype_that_is_given_is_the_only_one_measured(tmp_path, monkeypatch):
     """With --dtype float32 the bfloat16 product, slow on many CPUs, was timed all the same."""
     measured = []
-    monkeypatch.setattr(train_tokenizer, "matmul_speed", lambda device, dtype, *_: measured.append(dtype) or 1e12)
+
+    def note(device, dtype, *_):
+        measured.append(dtype)
+        return 1e12
+    monkeypatch.setattr(train_tokenizer, "matmul_speed", note)
     call(train_tokenizer, tmp_path / "out", "--steps 1 --dtype float32")
     assert measured == [torch.float32]
 
 
 def test_overwrite_keeps_codes_whose_note_agrees(a_copy):
-    """train_gpt.py --overwrite with another --lr deleted the codes and encoded the whole data set again."""
+    """train_gpt.py --overwrite deleted codes that another --lr does not change, and encoded again."""
     files = [a_copy / "codes-train.npy", a_copy / "codes-val.npy"]
     written = [(f.stat().st_ino, f.stat().st_mtime_ns) for f in files]
     call(train_gpt, a_copy, "--overwrite --lr 1e-4")
     assert [(f.stat().st_ino, f.stat().st_mtime_ns) for f in files] == written
-    call(train_gpt, a_copy, "--overwrite --views centre")               # other codes are made anew
-    assert np.load(files[0])["codes"].shape == (64, 1, N)
-    (a_copy / "codes.json").unlink()                                    # and so are codes of which nothing is known
-    np.save(files[0], np.load(files[0])[::-1])
+    # codes of other views are made anew
     call(train_gpt, a_copy, "--overwrite --views centre")
-    assert np.array_equal(np.load(files[0])["label"], Shapes("train", 16).batch(
-        train_tokenizer.pick(1_000_000, 64))[1])
+    codes = np.load(files[0])
+    assert codes["codes"].shape == (64, 1, N)
+    # and so are codes without a note
+    (a_copy / "codes.json").unlink()
+    np.save(files[0], codes[::-1])
+    call(train_gpt, a_copy, "--overwrite --views centre")
+    assert np.array_equal(np.load(files[0]), codes)
 
 
 DRIVER = """
 import sys, time, urllib.request
 sys.path.insert(0, {repository!r})
 import train_tokenizer
-fetch, official, archive = urllib.request.urlopen, {official!r}, {archive!r}
-train_tokenizer.CIFAR["cifar10"] = tuple({md5!r} if x == official else x for x in train_tokenizer.CIFAR["cifar10"])
+fetch = urllib.request.urlopen
+cifar10 = [{md5!r} if x == {official!r} else x for x in train_tokenizer.CIFAR["cifar10"]]
+train_tokenizer.CIFAR["cifar10"] = tuple(cifar10)
 
 def slow(url, **how):
     with open({log!r}, "a") as log:
         log.write("fetched\\n")
     time.sleep(4)
-    return fetch(archive)
+    return fetch({archive!r})
 urllib.request.urlopen = slow
 train_tokenizer.run(train_tokenizer.main, train_tokenizer.parse_args())
 """
@@ -2021,36 +2028,43 @@ def test_ranks_download_a_data_set_once(tmp_path):
     for name in [f"data_batch_{i}.bin" for i in range(1, 6)] + ["test_batch.bin"]:
         np.random.default_rng(0).integers(0, 10, (16, 3073), np.uint8).tofile(folder / name)
     (folder / "batches.meta.txt").write_text("\n".join(SHAPES))
-    with tarfile.open(tmp_path / "archive", "w:gz") as archive:
-        archive.add(folder, folder.name)
-    driver = tmp_path / "driver.py"
+    archive, driver = tmp_path / "archive", tmp_path / "driver.py"
+    with tarfile.open(archive, "w:gz") as packed:
+        packed.add(folder, folder.name)
     driver.write_text(DRIVER.format(
-        repository=str(Path(__file__).parent), archive=(tmp_path / "archive").as_uri(), log=str(log),
-        md5=hashlib.md5((tmp_path / "archive").read_bytes()).hexdigest(), official="c32a1d4ab5d03f1284b67883e8d87530"))
+        repository=str(Path(__file__).parent), archive=archive.as_uri(), log=str(log),
+        md5=hashlib.md5(archive.read_bytes()).hexdigest(), official="c32a1d4ab5d03f1284b67883e8d87530"))
     flags = f"--data cifar10 --data-dir {tmp_path / 'data'} --image-size 32 --steps 1"
-    finish(start(Namespace(__file__=str(driver)), tmp_path / "out", flags, 2, FLAGS[train_tokenizer]))
+    script = Namespace(__file__=str(driver))
+    finish(start(script, tmp_path / "out", flags, 2, FLAGS[train_tokenizer]))
     assert log.read_text().split() == ["fetched"]
 
 
 def test_probe_leaves_patches_of_large_images_out(tmp_path, capsys, monkeypatch):
-    """The moments of all of an image's patches took 309 GB at 256 px, and no end of time at 64 px."""
+    """The covariance of raster patches took 309 GB at 256 px, and did not end within minutes at 64 px."""
     monkeypatch.setattr(Shapes, "__len__", lambda self: 200)
-    call(train_tokenizer, tmp_path, "--image-size 40 --patch-size 8 --num-tokens 4 --steps 1")
-    call(evaluate, tmp_path, "probe --num 100")
-    assert "R2" in last_record(tmp_path)["results"][-1] and "R2 patches" not in last_record(tmp_path)["results"][-1]
+    means = {}
+    for size in (32, 40):
+        out = tmp_path / f"{size}"
+        call(train_tokenizer, out, f"--image-size {size} --patch-size 8 --num-tokens 4 --steps 1")
+        call(evaluate, out, "probe --num 100")
+        means[size] = last_record(out)["results"][-1]
+    assert "R2" in means[32] and "R2 patches" in means[32]
+    assert "R2" in means[40] and "R2 patches" not in means[40]
     assert "no R2 of raster patches: an image has 4,800 values" in capsys.readouterr().out
-    call(train_tokenizer, tmp_path / "small", "--image-size 32 --patch-size 8 --num-tokens 4 --steps 1")
-    call(evaluate, tmp_path / "small", "probe --num 100")
-    assert "R2 patches" in last_record(tmp_path / "small")["results"][-1]
 
 
 def test_checkpoints_are_read_to_the_cpu(trained, monkeypatch):
     """They were loaded onto the GPU, Adam's moments included: 4.4 times the model's memory."""
     load, places = torch.load, []
-    monkeypatch.setattr(torch, "load", lambda *a, map_location=None, **how: places.append(str(map_location)) or load(
-        *a, map_location="cpu", **how))
-    assert load_gpt(trained / "gpt.pt", "meta").pos.is_meta and load_tokenizer(trained / "tokenizer.pt", "meta")
-    assert len(places) == 2 and set(places) == {"cpu"}
+
+    def note(*a, map_location=None, **how):
+        places.append(str(map_location))
+        return load(*a, map_location="cpu", **how)
+    monkeypatch.setattr(torch, "load", note)
+    assert load_gpt(trained / "gpt.pt", "meta").pos.is_meta
+    assert load_tokenizer(trained / "tokenizer.pt", "meta").queries.is_meta
+    assert places == ["cpu", "cpu"]
 
 
 @TRAINING
@@ -2074,10 +2088,11 @@ def test_checkpoint_is_not_kept_while_training(script, kind, a_copy, monkeypatch
     assert averages and alive == [0]
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), MemoryError(),
-                                   RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9")])
+@pytest.mark.parametrize("error", [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), MemoryError(),
+    RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")])
 def test_lack_of_memory_for_a_checkpoint_is_told_as_such(error, trained, capsys, monkeypatch):
-    """A checkpoint too large for the memory was called truncated, and a user would have deleted it."""
+    """A checkpoint too large for the memory was called truncated: a user would have deleted it."""
     def load(*args, **how):
         raise error
     monkeypatch.setattr(torch, "load", load)
@@ -2087,11 +2102,12 @@ def test_lack_of_memory_for_a_checkpoint_is_told_as_such(error, trained, capsys,
 
 @pytest.mark.parametrize("seed", [8192, 20240101, -5000, 2 ** 40, 10 ** 30, -10 ** 30])
 def test_any_integer_is_a_seed(seed, judged, reference, tmp_path):
-    """--seed 8192 and above ended the training of the tokenizer with an OverflowError, 2 ** 31 that of sample.py."""
+    """--seed 8192 ended train_tokenizer.py with an OverflowError, and --seed 2147483648 sample.py."""
     out = shutil.copytree(judged, tmp_path / "out")
     for script in (train_tokenizer, train_gpt):
         call(script, out, f"--overwrite --steps 2 --seed {seed}")
-        assert torch.load(out / f"{script.__name__[6:]}.pt", weights_only=True)["args"]["seed"] == seed
+    for kind in ("tokenizer", "gpt"):
+        assert torch.load(out / f"{kind}.pt", weights_only=True)["args"]["seed"] == seed
     call(sample_script, out, f"--num 2 --seed {seed}")
     call(sample_script, out, f"--npz {tmp_path / 'a.npz'} --num 2 --seed {seed}")
     call(evaluate, out, f"generation --num 20 --seed {seed} --reference {reference[0]}")
@@ -2100,36 +2116,45 @@ def test_any_integer_is_a_seed(seed, judged, reference, tmp_path):
 
 
 def test_truncation_does_with_three_held_out_images(judged, reference, monkeypatch):
-    """With fewer than 4 held-out images the picture ended in an IndexError after everything was measured."""
+    """With fewer than 4 held-out images an IndexError came after everything was measured."""
     monkeypatch.setattr(Shapes, "__len__", lambda self: 3)
     call(evaluate, judged, f"truncation --num 40 --levels 1,6 --reference {reference[0]}")
     assert last_record(judged)["counts"] == [3, 3]
-    assert cells(Image.open(judged / "levels.png")).shape[0] == 5       # spectrum, sub-image, three reconstructions
+    # rows: the spectrum, the sub-image, three reconstructions
+    assert cells(Image.open(judged / "levels.png")).shape[0] == 5
 
 
 def test_compare_tells_of_an_unreadable_first_file_in_one_line(tmp_path, capsys):
-    """The first file of a folder was opened apart from the others, and a broken one gave a traceback."""
+    """The first file of a folder was opened apart from the others: a broken one gave a traceback."""
     write_images(tmp_path / "folder", 3)
     (tmp_path / "folder" / "000.png").write_bytes(b"\0\5\26\7")
-    flags = f"compare {tmp_path / 'folder'} {tmp_path / 'folder'} --features classifier --preset shapes"
+    folder = tmp_path / "folder"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluate, "load_classifier", lambda *a: Classifier(10, 16, (8, 8)).eval())
-        line = error_of(capsys, evaluate, tmp_path, flags)
+        line = error_of(capsys, evaluate, tmp_path,
+                        f"compare {folder} {folder} --features classifier --preset shapes")
     assert "cannot decode" in line and "000.png" in line and "mend or remove it" in line
 
 
 def test_dct_matrices_are_made_once(monkeypatch):
-    """They were made anew on the CPU a dozen times per step, and on a GPU each waited for a copy."""
+    """They were made anew on the CPU a dozen times per step, and a GPU waited for each copy."""
     x = noise(2, 3, 16, 16)
     with torch.inference_mode():
-        expected = low_pass(x, 5)                                       # what it keeps is of use in training, too
-    made, cos = [], torch.cos
-    monkeypatch.setattr(torch, "cos", lambda *a, **how: made.append(a) or cos(*a, **how))
+        expected = low_pass(x, 5)
+
+    def cos(*args):
+        raise AssertionError("a DCT matrix is made again")
+    monkeypatch.setattr(torch, "cos", cos)
     assert torch.equal(low_pass(x, 5), expected)
+    # matrices that were made in inference mode must serve a training step too
     x.requires_grad_()
     low_pass(x, 5).square().sum().backward()
-    assert not made and torch.allclose(x.grad, 2 * expected, atol=1e-5)
-    assert dct_matrix(16, torch.float64).dtype == torch.float64 and dct_matrix(16, device="meta").is_meta
+    assert torch.allclose(x.grad, 2 * expected, atol=1e-5)
+    monkeypatch.undo()
+    # one for each dtype and device
+    assert dct_matrix(16).dtype == torch.float32
+    assert dct_matrix(16, torch.float64).dtype == torch.float64
+    assert dct_matrix(16, device="meta").is_meta
 
 
 def test_a_plan_leaves_no_matrices_behind(tmp_path):
@@ -2140,18 +2165,23 @@ def test_a_plan_leaves_no_matrices_behind(tmp_path):
 
 
 def test_truncation_samples_the_tokens_of_its_highest_level(judged, reference, monkeypatch, capsys):
-    """With --tokens 3 the levels above 3 were decoded from blank codes; without, all tokens were sampled in vain."""
+    """With --tokens 3 higher levels were decoded from codes that were never sampled."""
     generate, stops = GPT.generate, []
-    monkeypatch.setattr(GPT, "generate", lambda *a, **how: stops.append(how["stop"]) or generate(*a, **how))
+
+    def note(*a, **how):
+        stops.append(how["stop"])
+        return generate(*a, **how)
+    monkeypatch.setattr(GPT, "generate", note)
     call(evaluate, judged, f"truncation --num 40 --levels 1,3 --reference {reference[0]}")
     assert set(stops) == {3}
-    line = error_of(capsys, evaluate, judged, f"truncation --num 40 --tokens 3 --reference {reference[0]}")
+    line = error_of(capsys, evaluate, judged, "truncation --num 40 --tokens 3")
     assert "--tokens 3" in line and "--levels" in line
 
 
 def test_log_tells_the_memory_of_the_runs_own_gpu(monkeypatch):
     """A run on cuda:1 logged the memory of cuda:0."""
-    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device=0: {"cuda:1": 5e9}.get(str(device), 0))
+    memory = {"cuda:0": 1e9, "cuda:1": 5e9}
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device="cuda:0": memory[str(device)])
     args = Namespace(device="cuda:1", ranks=1, accumulate=1, micro_batch=1, batch_size=1, steps=1)
     meter = train_tokenizer.Meter(args, 1, 1)
     meter.add(loss=torch.tensor(1.0))
@@ -2165,16 +2195,17 @@ def test_keep_copies_where_there_are_no_hard_links(tmp_path, monkeypatch):
         raise PermissionError(1, "Operation not permitted")
     monkeypatch.setattr(os, "link", link)
     call(train_tokenizer, tmp_path, "--steps 3 --save-every 1 --keep 2")
-    assert sorted(f.name for f in tmp_path.glob("tokenizer-*")) == ["tokenizer-0000002.pt", "tokenizer-0000003.pt"]
+    kept = sorted(f.name for f in tmp_path.glob("tokenizer-*"))
+    assert kept == ["tokenizer-0000002.pt", "tokenizer-0000003.pt"]
     assert_same(tmp_path / "tokenizer-0000003.pt", tmp_path / "tokenizer.pt")
 
 
 @pytest.mark.parametrize("before", [True, False])
 def test_inception_computes_without_tf32(before, inception, monkeypatch):
-    """On a GPU its convolutions rounded their inputs to TF32, by default: 10 bits, where the reference has 23."""
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", before)
-    seen, model = [], inception[1]
-    settings = lambda: (torch.backends.cudnn.allow_tf32, torch.backends.cudnn.enabled, torch.backends.cudnn.benchmark)
+    """On a GPU its convolutions rounded their inputs to the 10 bits of TF32, the default of cuDNN."""
+    cudnn, seen, model = torch.backends.cudnn, [], inception[1]
+    monkeypatch.setattr(cudnn, "allow_tf32", before)
+    settings = lambda: (cudnn.allow_tf32, cudnn.enabled, cudnn.benchmark)
     outside = settings()
     handles = [m.register_forward_hook(lambda *_: seen.append(settings())) for m in model.modules()
                if isinstance(m, torch.nn.Conv2d)]
@@ -2186,20 +2217,21 @@ def test_inception_computes_without_tf32(before, inception, monkeypatch):
 
 
 @TRAINING
-@pytest.mark.parametrize("data, images, classes", [("imagenet", "1,281,167", "1,000"), ("cifar10", "50,000", "10"),
-                                                   ("cifar100", "50,000", "100")])
+@pytest.mark.parametrize("data, images, classes", [
+    ("imagenet", "1,281,167", "1,000"), ("cifar10", "50,000", "10"), ("cifar100", "50,000", "100")])
 def test_plan_needs_no_data_set(script, kind, data, images, classes, tmp_path, capsys, monkeypatch):
-    """--dry-run refused to plan ImageNet before it was there, and downloaded CIFAR though it should write nothing."""
+    """--dry-run refused ImageNet where it is absent, and downloaded CIFAR though it writes nothing."""
     def urlopen(*args, **how):
         raise OSError("no network in tests")
     monkeypatch.setattr(urllib.request, "urlopen", urlopen)
-    size = 16 if data == "imagenet" else 32
-    flags = f" --image-size {size} --perceptual 0" if script is train_tokenizer else " --views flip"
-    monkeypatch.setitem(PRESETS["imagenet"], "image_size", 16)          # for train_gpt.py, which has no such flag
-    call(script, tmp_path / "out", f"--data {data} --data-dir {tmp_path / 'absent'} --dry-run" + flags)
+    flags = f"--data {data} --data-dir {tmp_path / 'absent'} --dry-run"
+    if script is train_tokenizer:
+        flags += f" --image-size {16 if data == 'imagenet' else 32} --perceptual 0"
+    call(script, tmp_path / "out", flags)
     text = capsys.readouterr().out
-    assert f"assumes its {images} training images of {classes} classes" in text and "random images" in text
-    assert f"times all {images}" in text and "step 000001/000006 | loss" in text and not list(tmp_path.iterdir())
+    assert f"assumes its {images} training images of {classes} classes" in text
+    assert "random images" in text and f"times all {images}" in text
+    assert "step 000001/000006 | loss" in text and not list(tmp_path.iterdir())
 
 
 def resumed_from_step(out, kind, step, copy):
@@ -2209,17 +2241,26 @@ def resumed_from_step(out, kind, step, copy):
     return copy
 
 
-CHANGED = "--lr 5e-4 --seed 3 --betas 0.8 0.9 --weight-decay 0.3 --batch-size 6 --hold 0.3 --ema 0.9 --clip 0.5"
+# flags that differ from those of the presets
+CHANGED = ("--lr 5e-4 --seed 3 --betas 0.8 0.9 --weight-decay 0.3 --batch-size 6 --hold 0.3 --ema 0.9 "
+           "--clip 0.5 --save-every 2 --keep 9")
+SIZES = ("width", "depth", "heads", "image-size", "patch-size", "num-tokens", "codebook-size", "code-dim",
+         "code-images", "eval-images")
+
+
+def changed_run(script, kind, trained, folder):
+    """The folder of a run of CHANGED flags, with all its checkpoints."""
+    out = shutil.copytree(trained, folder / "whole", ignore=shutil.ignore_patterns(f"{kind}.pt"))
+    call(script, out, CHANGED)
+    return out
 
 
 @TRAINING
 def test_resume_takes_the_flags_of_its_run(script, kind, trained, tmp_path, capsys, monkeypatch):
-    """A run of --lr 5e-4 went on at the preset's rate, on other batches, when --resume stood alone; now bit for bit."""
-    whole = shutil.copytree(trained, tmp_path / "whole", ignore=shutil.ignore_patterns(f"{kind}.pt"))
-    call(script, whole, f"{CHANGED} --save-every 2 --keep 9")
-    # sizes and codes stay here, as a run of other sizes was refused; the next test leaves them out, too
-    monkeypatch.setitem(FLAGS, script, " ".join(re.findall(
-        r"--(?:width|depth|heads|image-size|patch-size|num-tokens|codebook-size|code-dim|code-images|eval-images) \d+", FLAGS[script])))
+    """A run of --lr 5e-4 went on at the preset's rate when --resume stood alone. Now bit for bit."""
+    whole = changed_run(script, kind, trained, tmp_path)
+    # only the sizes are given again; the next test gives none
+    monkeypatch.setitem(FLAGS, script, " ".join(re.findall(rf"--(?:{'|'.join(SIZES)}) \d+", FLAGS[script])))
     resumed = resumed_from_step(whole, kind, 2, tmp_path / "resumed")
     capsys.readouterr()
     call(script, resumed, "--resume --steps 6")
@@ -2228,40 +2269,53 @@ def test_resume_takes_the_flags_of_its_run(script, kind, trained, tmp_path, caps
 
 
 @TRAINING
-def test_resume_needs_no_other_flag_and_tells_what_changes(script, kind, trained, tmp_path, capsys, monkeypatch):
-    """The flags of the run, sizes included, had to be given again, and one that differed was taken without a word."""
-    whole = shutil.copytree(trained, tmp_path / "whole", ignore=shutil.ignore_patterns(f"{kind}.pt"))
-    call(script, whole, f"{CHANGED} --save-every 2 --keep 9")
+def test_resume_needs_no_other_flag(script, kind, trained, tmp_path, monkeypatch, capsys):
+    """All flags of the run, sizes included, had to be given again."""
+    whole = changed_run(script, kind, trained, tmp_path)
     monkeypatch.setitem(FLAGS, script, "")
-    # codes belong to a dtype, so that a generator's cannot change
-    other, value, before = ("dtype", "bfloat16", "float32") if kind == "tokenizer" else ("label-drop", "0.2", "0.1")
-    for name, flags in (("bare", ""), ("changed", f"--lr 1e-3 --betas 0.5 0.6 --{other} {value} --seed 3")):
-        resumed = resumed_from_step(whole, kind, 2, tmp_path / name)
-        capsys.readouterr()
-        call(script, resumed, f"--resume {flags}")
-        told = re.findall("^resume: (.*)", capsys.readouterr().out, re.M)
-    assert_same(whole / f"{kind}.pt", tmp_path / "bare" / f"{kind}.pt")
-    assert sorted(told) == ["--betas is [0.5, 0.6] now, it was [0.8, 0.9]", f"--{other} is {value} now, it was {before}",
+    resumed = resumed_from_step(whole, kind, 2, tmp_path / "resumed")
+    call(script, resumed, "--resume")
+    assert_same(whole / f"{kind}.pt", resumed / f"{kind}.pt")
+    # the size of a pass follows from the new batch
+    capsys.readouterr()
+    call(script, resumed, "--resume --steps 8 --batch-size 9")
+    assert "1 pass(es) of 9" in capsys.readouterr().out
+
+
+@TRAINING
+def test_resume_tells_what_a_flag_changes(script, kind, trained, tmp_path, monkeypatch, capsys):
+    """A flag that differed from the saved run's was taken, or for --dtype ignored, without a word."""
+    resumed = resumed_from_step(changed_run(script, kind, trained, tmp_path), kind, 2, tmp_path / "resumed")
+    monkeypatch.setitem(FLAGS, script, "")
+    # the codes that a generator learns belong to a dtype, so it cannot change
+    other, value, before = ("label-drop", "0.2", "0.1")
+    if kind == "tokenizer":
+        other, value, before = ("dtype", "bfloat16", "float32")
+    capsys.readouterr()
+    call(script, resumed, f"--resume --lr 1e-3 --betas 0.5 0.6 --{other} {value} --seed 3")
+    told = re.findall("^resume: (.*)", capsys.readouterr().out, re.M)
+    assert sorted(told) == ["--betas is [0.5, 0.6] now, it was [0.8, 0.9]",
+                            f"--{other} is {value} now, it was {before}",
                             "--lr is 0.001 now, it was 0.0005"]
-    saved = torch.load(tmp_path / "changed" / f"{kind}.pt", weights_only=True)["args"]
-    assert (saved["lr"], str(saved[other.replace("-", "_")]), saved["weight_decay"]) == (1e-3, value, 0.3)
-    call(script, tmp_path / "bare", "--resume --steps 8 --batch-size 9")
-    assert "1 pass(es) of 9" in capsys.readouterr().out                 # the size of a pass follows from the batch
+    saved = torch.load(resumed / f"{kind}.pt", weights_only=True)["args"]
+    assert (saved["lr"], saved["weight_decay"]) == (1e-3, 0.3)
+    assert str(saved[other.replace("-", "_")]) == value
 
 
 @TRAINING
 @pytest.mark.parametrize("flag", ["--weight-decay 50", "--betas 0.1 0.2"])
 def test_optimizer_settings_can_be_changed_on_resume(script, kind, flag, trained, tmp_path):
-    """--weight-decay and --betas were ignored on --resume, while the checkpoint recorded the new values."""
-    as_it_was, changed = (shutil.copytree(trained, tmp_path / name) for name in ("as_it_was", "changed"))
-    call(script, as_it_was, "--resume --steps 9")
-    call(script, changed, f"--resume --steps 9 {flag}")
-    one, other = (torch.load(out / f"{kind}.pt", weights_only=True) for out in (as_it_was, changed))
-    assert any(not torch.equal(x, other["model"][k]) for k, x in one["model"].items())
+    """--weight-decay and --betas were ignored on --resume, though the checkpoint recorded them."""
+    weights = []
+    for name, flags in (("same", ""), ("changed", flag)):
+        out = shutil.copytree(trained, tmp_path / name)
+        call(script, out, f"--resume --steps 9 {flags}")
+        weights.append(torch.load(out / f"{kind}.pt", weights_only=True)["model"])
+    assert any(not torch.equal(weights[0][k], weights[1][k]) for k in weights[0])
 
 
 def other_version(checkpoint, change):
-    """A checkpoint as another version might have written it, and the key or field by which it differs."""
+    """Change a checkpoint as if another version had written it. Returns the key or field that differs."""
     config, weights = checkpoint["config"], [checkpoint["model"], checkpoint["ema"]]
     last = list(weights[0])[-1]
     if change == "field":
@@ -2282,16 +2336,18 @@ def other_version(checkpoint, change):
 
 @pytest.mark.parametrize("change", ["field", "missing", "unknown", "shape", "no weights"])
 def test_checkpoint_of_another_version_is_told_in_one_line(change, a_copy, capsys):
-    """An unknown config field or a missing weight ended in a traceback; the line names the first that differs."""
-    for kind, commands in (("gpt", [(sample_script, ""), (train_gpt, "--resume --steps 9")]),
-                           ("tokenizer", [(train_gpt, "--overwrite"), (train_tokenizer, "--resume --steps 9")])):
+    """An unknown config field or a missing weight ended in a traceback. The line names the first."""
+    readers = {"gpt": [(sample_script, ""), (train_gpt, "--resume --steps 9")],
+               "tokenizer": [(train_gpt, "--overwrite"), (train_tokenizer, "--resume --steps 9")]}
+    for kind, commands in readers.items():
         path = a_copy / f"{kind}.pt"
         checkpoint = torch.load(path, weights_only=True)
         differs = other_version(checkpoint, change)
         torch.save(checkpoint, path)
         for script, flags in commands:
             line = error_of(capsys, script, a_copy, flags)
-            assert line.startswith("error: ") and path.name in line and differs in line and "version" in line
+            assert line.startswith("error: ") and path.name in line
+            assert differs in line and "version" in line
 
 
 def test_config_field_that_is_newer_than_a_checkpoint_takes_its_default(tmp_path):
@@ -2317,7 +2373,7 @@ class Viewed:
 
 
 def test_training_leaves_the_images_of_a_data_set_alone(tmp_path, monkeypatch):
-    """Mirror images were made in place: a data set that returns views of its images was changed for good."""
+    """Mirror images were made in place: a data set that returns views of its images was changed."""
     data = Viewed()
     before = data.images.clone()
     monkeypatch.setattr(train_tokenizer, "open_data", lambda args: (data, data))

@@ -72,7 +72,8 @@ def open_records(path, count, record, mode):
         reason = f"{file.shape} records of {file.dtype}, not {count} of {record}"
     except (OSError, ValueError, EOFError) as e:
         reason = str(e)
-    raise UserError(f"{path} is not the file it should be ({reason}): delete it, and the next run makes it anew")
+    raise UserError(f"{path} is not the file it should be ({reason}): delete it, and the next run makes it "
+                    f"anew")
 
 
 def unseen(file, size, args):
@@ -84,8 +85,8 @@ def unseen(file, size, args):
 def agree(path, settings, files, args):
     """Note beside files what they are made with; UserError when the note there tells of something else.
 
-    With --overwrite, files of another note are deleted, and files without a note too. Files whose note agrees are kept,
-    as encoding ImageNet again takes hours.
+    With --overwrite, files whose note differs are deleted, and files without a note too.
+    Files whose note agrees are kept: to encode ImageNet again takes hours.
     """
     if args.rank == 0:
         noted = path.exists()
@@ -100,8 +101,8 @@ def agree(path, settings, files, args):
             differs = []
         if differs:
             k = differs[0]
-            raise UserError(f"{path} tells of {k} {found.get(k)}, this run has {k} {settings[k]}: --overwrite starts "
-                            f"anew, another name or --out keeps both")
+            raise UserError(f"{path} tells of {k} {found.get(k)}, this run has {k} {settings[k]}: "
+                            f"--overwrite starts anew, another name or --out keeps both")
         write_note(path, settings)
     barrier()
 
@@ -157,7 +158,8 @@ def cached_codes(tokenizer, train, val, args):
                views=args.views, dtype=args.dtype)
     agree(args.out / "codes.json", tag, files, args)
     if args.overwrite and files[0].exists():
-        print(f"{files[0]} is kept: codes.json agrees with this run. If its images have changed, delete it")
+        print(f"{files[0]} is kept, as codes.json agrees with this run. If the images have changed, "
+              f"delete it first")
     return [encode_split(files[0], tokenizer, train, counts[0], args.views, args),
             encode_split(files[1], tokenizer, val, counts[1], "centre", args)]
 
@@ -288,7 +290,8 @@ def main(args):
         if learned != code_name:
             raise UserError(f"{path} learned codes of tokenizer {learned}, {args.out / 'tokenizer.pt'} makes those of "
                             f"{code_name}: --overwrite starts anew")
-        del checkpoint                                                      # or it would take memory for the whole run
+        # or its moments would take memory for the whole run
+        del checkpoint
     peak = choose_dtype(args)
     if args.dry_run:
         data = held_out = np.zeros(args.batch_size, code_records(args.views, N))     # any codes do for a plan

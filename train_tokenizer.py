@@ -147,7 +147,8 @@ class Shapes:
     def batch(self, indices, crops=None):
         """indices (B,) -> uint8 images (B, 3, S, S), labels (B,) long."""
         indices = torch.as_tensor(indices)
-        u = uniforms(wrap_int64(self.stream * 2 ** 40) + indices, 16).numpy().astype(np.float32)        # (B, 16)
+        seeds = wrap_int64(self.stream * 2 ** 40) + indices
+        u = uniforms(seeds, 16).numpy().astype(np.float32)                                  # (B, 16)
         labels = indices % len(SHAPES)
         S, B = self.image_size, len(indices)
         axis = (np.arange(S, dtype=np.float32) + 0.5) * 2 / S - 1                           # pixel centres in -1 .. 1
@@ -206,9 +207,12 @@ CIFAR = {   # folder in the archive, md5 from the authors' page, files of each s
 
 
 def cifar_folder(name, data_dir):
-    """The folder in or below data_dir that holds the files of the archive; None when they are not there."""
+    """data_dir, or the folder in it, that holds the unpacked files. None where they are absent."""
     _, folder, _, files, _, _ = CIFAR[name]
-    return next((d for d in (Path(data_dir) / folder, Path(data_dir)) if (d / files["val"][0]).exists()), None)
+    for root in (Path(data_dir) / folder, Path(data_dir)):
+        if (root / files["val"][0]).exists():
+            return root
+    return None
 
 
 class Cifar:
@@ -436,12 +440,13 @@ class RandomImages:
     def batch(self, indices, crops=None):
         """indices (B,) -> uint8 images (B, 3, S, S), labels (B,) long."""
         indices = torch.as_tensor(indices)
-        images = torch.randint(256, (len(indices), 3, self.image_size, self.image_size), dtype=torch.uint8)
+        shape = (len(indices), 3, self.image_size, self.image_size)
+        images = torch.randint(256, shape, dtype=torch.uint8)
         return images, indices % len(self.class_names)
 
 
 def is_here(args):
-    """Whether the data set of --data needs no download; of ImageNet, whether its folder is where --data-dir says."""
+    """Whether --data-dir holds CIFAR or ImageNet. True of other data, which nobody downloads."""
     if args.data in CIFAR:
         return cifar_folder(args.data, args.data_dir) is not None
     if args.data == "imagenet":
@@ -456,8 +461,8 @@ def open_data(args):
     """
     if getattr(args, "dry_run", False) and not is_here(args):
         train, val, classes = KNOWN_SIZES[args.data]
-        print(f"no {args.data} in {args.data_dir}: the plan assumes its {train:,} training images of {classes:,} classes, "
-              f"and its one step runs on random images")
+        print(f"no {args.data} in {args.data_dir}: the plan assumes its {train:,} training images of "
+              f"{classes:,} classes, and its one step runs on random images")
         return tuple(RandomImages(size, classes, args.image_size) for size in (train, val))
     if args.data == "shapes":
         return tuple(Shapes(split, args.image_size) for split in ("train", "val"))
@@ -474,7 +479,8 @@ def open_data(args):
 
 @lru_cache(maxsize=2)
 def epoch_order(n, epoch, seed):
-    return torch.randperm(n, generator=torch.Generator().manual_seed(wrap_int64(seed * 100_003 + epoch)))
+    generator = torch.Generator().manual_seed(wrap_int64(seed * 100_003 + epoch))
+    return torch.randperm(n, generator=generator)
 
 
 def batch_indices(n, batch_size, step, seed):
@@ -794,8 +800,8 @@ def add_training_flags(parser, p):
     add("--eval-every", type=int, default=p["eval_every"], help="steps between evaluations with pictures")
     add("--save-every", type=int, default=p["eval_every"], help="steps between checkpoints")
     add("--keep", type=int, default=0, help="of the last checkpoints so many stay under their step's name, too")
-    add("--resume", action="store_true", help="go on from the checkpoint in --out, with the flags of its run; a flag "
-        "that is given changes its own")
+    add("--resume", action="store_true", help="go on from the checkpoint in --out. Flags that are not given "
+        "are those of the saved run")
     add("--overwrite", action="store_true", help="replace the checkpoint in --out")
     add("--workers", type=int, default=min(8, os.cpu_count() or 1), help="threads of a process that decode image files")
     add("--dtype", choices=("auto", "bfloat16", "float32"), default="auto", help="of matrix products; auto: the faster")
@@ -833,9 +839,9 @@ def run_folder(args):
 
 
 def parse_run_flags(parser, argv, kind):
-    """The flags of a training script; with --resume those of the saved run are the defaults, so that it goes on alike.
+    """The flags of a training script. With --resume the saved run's flags are the defaults.
 
-    Prints what the command line changes.
+    A flag that is given wins, and the change is printed.
     """
     args = parser.parse_args(argv)
     path = run_folder(args) / f"{kind}.pt"
@@ -845,7 +851,7 @@ def parse_run_flags(parser, argv, kind):
         saved = read_checkpoint(path, kind, mmap=True).get("args", {})
     except (UserError, FailedRun) as e:
         parser.error(str(e))
-    # where a process's share of the batch was one pass, that followed from the number of processes then
+    # a whole share of the batch in one pass was the default, which may be another share now
     if saved.get("micro_batch") == saved.get("batch_size", 0) // saved.get("ranks", 1):
         saved["micro_batch"] = None
     own = ("resume", "overwrite", "dry_run", "out", "device")
@@ -1003,9 +1009,9 @@ def new_run(path, args):
 
 
 def matmul_speed(device, dtype, budget=0.3):
-    """Floating point operations per second of this machine's fastest square product, of side 64, 128 ... 8192.
+    """Floating point operations per second of a square matrix product, the best of sides 64 .. 8192.
 
-    The side doubles while the next product is predicted to end within the budget, in seconds.
+    The side doubles as long as the next measurement is predicted to end within the budget, in seconds.
     NOTE: a CPU without bfloat16 instructions needs 7 s for a bfloat16 product of side 1024.
     """
     def timed(a):
@@ -1015,7 +1021,8 @@ def matmul_speed(device, dtype, budget=0.3):
             torch.cuda.synchronize(device)
         return time.perf_counter() - start
 
-    timed(torch.randn(64, 64, device=device, dtype=dtype))              # the first product loads libraries
+    # not counted: the first product loads libraries
+    timed(torch.randn(64, 64, device=device, dtype=dtype))
     start, speed, n = time.perf_counter(), 0.0, 64
     while n <= 8192:
         tick = time.perf_counter()
@@ -1031,7 +1038,9 @@ def matmul_speed(device, dtype, budget=0.3):
 
 def choose_dtype(args):
     """Settle args.dtype, of the matrix products; returns the FLOP/s of one in it. Prints why. Rank 0 decides."""
-    candidates = (torch.float32, torch.bfloat16) if args.dtype == "auto" else (getattr(torch, args.dtype),)
+    candidates = [torch.float32, torch.bfloat16]
+    if args.dtype != "auto":
+        candidates = [getattr(torch, args.dtype)]
     speed = {d: matmul_speed(args.device, d) for d in candidates}
     if args.ranks > 1:
         message = [speed]
@@ -1042,7 +1051,7 @@ def choose_dtype(args):
         dtype = torch.bfloat16 if ratio > 1.3 else torch.float32
         reason = f"a bfloat16 matrix product is {ratio:.1f} x as fast as float32 here"
     else:
-        dtype, reason = getattr(torch, args.dtype), "--dtype, or that of the run" if args.resume else "--dtype"
+        dtype, reason = getattr(torch, args.dtype), "--dtype, or that of the run resumed"
     args.dtype = str(dtype).removeprefix("torch.")
     print(f"dtype {args.dtype} ({reason}), {speed[dtype] / 1e9:.0f} GFLOP/s in a matrix product = mfu 100%")
     return speed[dtype]
@@ -1110,14 +1119,15 @@ def plain(args):
 def restore(path, kind, parts, args):
     """Load a run's checkpoint into its parts {name: model or optimizer}; returns the checkpoint.
 
-    Optimizers keep the betas and the weight decay of this run: they may have been changed by a flag.
+    Optimizers keep the betas and the weight decay of this run: a flag may have changed them.
     """
     checkpoint = read_checkpoint(path, kind)
     need(path, checkpoint, "config", "model", "ema", "optimizer", "step")
     saved = asdict(read_config(type(parts["model"].config), checkpoint["config"], path))
     for k, v in asdict(parts["model"].config).items():
         if saved[k] != v:
-            raise UserError(f"{path} has {k} {saved[k]}, this run {v}: resume with the same sizes, or take another --out")
+            raise UserError(f"{path} has {k} {saved[k]}, this run {v}: resume with the same sizes, or take "
+                            f"another --out")
     if checkpoint["step"] >= args.steps:
         raise UserError(f"{path} has done {checkpoint['step']} steps, --steps is {args.steps}: ask for more to go on")
     for name, part in parts.items():
@@ -1149,9 +1159,11 @@ def save_run(path, kind, parts, step, args, **more):
         named = path.with_stem(f"{path.stem}-{step:07d}")
         named.unlink(missing_ok=True)
         try:
-            os.link(path, named)                                        # the same file: takes no room until replaced
+            # the same file under a second name: it takes no room until the first is replaced
+            os.link(path, named)
         except OSError:
-            shutil.copy2(path, named)                                   # exFAT and some network drives have no links
+            # exFAT and some network drives have no hard links
+            shutil.copy2(path, named)
         for old in sorted(path.parent.glob(f"{path.stem}-{'[0-9]' * 7}.pt"))[:-args.keep]:
             old.unlink()
 
@@ -1255,7 +1267,7 @@ class Interrupt:
 def without_memory(device):
     """Context in which tensors have shapes and dtypes only: any size of model can be planned anywhere."""
     stack = ExitStack()
-    # matrices that were kept outside are no use here, and those of here are no use outside
+    # real matrices cannot be used inside, nor those without memory outside
     dct_matrix.cache_clear()
     stack.callback(dct_matrix.cache_clear)
     stack.enter_context(FakeTensorMode())
