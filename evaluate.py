@@ -40,9 +40,9 @@ from spectralar import (UserError, dct2, fingerprint, in_window, largest_window,
 from train_gpt import held_out_bits
 from train_tokenizer import (CIFAR, JUDGE, all_sum, base_parser, codebook_use, decode_image,
                              download, effective_rank, finish_args, first_rank_first, gather,
-                             images_below, load_classifier, load_lpips, open_data, pick_images,
-                             psnr, run_script, save_image_grid, save_picture, spread_levels,
-                             to_float, to_uint8, versions, weights_folder)
+                             images_below, load_classifier, load_lpips, make_writable, open_data,
+                             pick_images, psnr, run_script, save_image_grid, save_picture,
+                             spread_levels, to_float, to_uint8, versions, weights_folder)
 
 
 def parse_args(argv=None):
@@ -106,13 +106,13 @@ def main(args):
     commands = dict(compare=run_compare, stats=run_stats, generation=run_generation,
                     reconstruction=run_reconstruction, truncation=run_truncation, probe=run_probe)
     start = time.perf_counter()
+    make_writable(args.out)                     # met here, before the work
     rows, more = commands[args.command](args, job)
     if job.rank == 0:
         print_table(rows)
         record = dict(command=" ".join(sys.argv), features=args.features, seed=args.seed,
                       results=rows, **more, versions=versions(),
                       seconds=round(time.perf_counter() - start, 1))
-        args.out.mkdir(parents=True, exist_ok=True)
         with open(args.out / "evaluations.jsonl", "a") as file:
             file.write(json.dumps(record) + "\n")
 
@@ -150,6 +150,7 @@ def run_stats(args, job):
         raise UserError(f"{target} exists: --overwrite replaces it")
     if not Path(target).absolute().parent.is_dir():
         raise UserError(f"{Path(target).parent} is not a folder: make it first")
+    make_writable(Path(target).absolute().parent)
     features = measure_path(source, load_network(args, args.image_size, job), args, job)
     if features.count is None:
         raise UserError(f"{source} holds statistics already: name images")

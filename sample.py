@@ -15,6 +15,7 @@ same command is given again.
 import argparse
 import difflib
 import json
+import math
 import os
 import re
 import sys
@@ -29,8 +30,9 @@ from spectralar import (UserError, code_fingerprint, fingerprint, guidance_scale
                         load_tokenizer, wrap64)
 from train_gpt import (claim_files, open_records, unfinished, write_note, write_records)
 from train_tokenizer import (autocast, barrier, base_parser, decode_image, duration, finish_args,
-                             image_grid, join_ranks, run_script, save_image_grid, save_picture,
-                             spread_levels, to_float, to_uint8, versions)
+                             image_grid, join_ranks, make_writable, run_script,
+                             save_image_grid, save_picture, spread_levels, to_float, to_uint8,
+                             versions)
 
 SCHEDULES = "constant", "linear", "power-cosine"
 
@@ -198,6 +200,7 @@ def write_npz(gpt, tokenizer, classes, args, job):
     if not path.absolute().parent.is_dir():
         raise UserError(f"{path.parent} is not a folder, so {path} cannot be written: make it "
                         f"first")
+    make_writable(path.absolute().parent)
     N = check_tokens("--tokens", args.tokens, gpt.config.num_tokens)
     num, S = args.num or 50_000, tokenizer.config.image_size
     made_with = dict(num=num, seed=args.seed, classes=classes, **sampling_settings(args), stop=N,
@@ -261,6 +264,8 @@ def add_sampling_flags(parser):
 
 def check_sampling_flags(parser, args):
     """Leave with a usage error where a value is out of its range."""
+    if not math.isfinite(args.cfg):
+        parser.error(f"--cfg is {args.cfg}: it must be a number")
     if not args.temperature >= 0:
         parser.error(f"--temperature is {args.temperature}: it must be at least 0")
     if args.top_k < 0:

@@ -2164,6 +2164,137 @@ def test_folder_split_is_disjoint_and_covers_all(tmp_path):
     assert torch.equal(labels, train.labels[[5, 0]])
     assert images[0, :, 3, 3].tolist() == [int(Path(train.files[5]).stem), 100, 200]
 
+@pytest.mark.parametrize("name", ["val", "valid", "validation", "test"])
+def test_held_out_folders_have_many_names(name, tmp_path):
+    """Only "val" was known. With another name, 5 % of train were held out."""
+    write_images(tmp_path / "train" / "cat", 3)
+    write_images(tmp_path / name / "cat", 2)
+    assert [len(part) for part in open_folder(tmp_path, S, 1)] == [3, 2]
+
+
+def test_images_alone_may_lie_in_train_and_val(tmp_path):
+    """They were refused: one class in each, named train and val."""
+    write_images(tmp_path / "train", 3)
+    write_images(tmp_path / "val", 2)
+    train, val = open_folder(tmp_path, S, 1)
+    assert [len(train), len(val)] == [3, 2]
+    assert train.class_names == val.class_names == [tmp_path.name]
+
+
+def test_train_beside_other_folders_is_a_class(tmp_path):
+    """Vehicles: with "train" taken for a split, buses and cars would be left out in silence."""
+    for name in ("bus", "car", "train"):
+        write_images(tmp_path / name, 10)
+    assert open_folder(tmp_path, S, 1)[0].class_names == ["bus", "car", "train"]
+
+
+def test_folders_of_other_programs_are_no_classes(tmp_path, capsys):
+    """__MACOSX and .ipynb_checkpoints became classes, ._0.png counted as a broken image, and the
+    run's own folder stopped the next run. Images beside class folders are named."""
+    write_images(tmp_path / "cat", 20)
+    for name in ("__MACOSX", ".ipynb_checkpoints"):
+        write_images(tmp_path / name, 1)
+    (tmp_path / "cat" / "._000.png").write_bytes(b"no image")
+    (tmp_path / "out" / "run").mkdir(parents=True)
+    shutil.copy(tmp_path / "cat" / "000.png", tmp_path)
+    train, val = open_folder(tmp_path, S, 1, out=tmp_path / "out" / "run")
+    assert train.class_names == ["cat"] and len(train) + len(val) == 20
+    assert "1 images beside its 1 class folders" in capsys.readouterr().out
+
+
+def test_links_are_followed_without_loops(tmp_path):
+    write_images(tmp_path / "elsewhere", 20)
+    (tmp_path / "data" / "cat").mkdir(parents=True)
+    (tmp_path / "data" / "cat" / "link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "back").symlink_to(tmp_path / "data" / "cat")
+    assert len(train_tokenizer.images_below(tmp_path / "data" / "cat")) == 20
+
+
+def test_kaggles_flat_val_takes_its_classes_from_the_solution(tmp_path):
+    """Kaggle's ILSVRC has val/*.JPEG without folders, and was refused."""
+    root = tmp_path / "ILSVRC" / "Data" / "CLS-LOC"
+    for wnid in ("n01", "n02"):
+        write_images(root / "train" / wnid, 3)
+    write_images(root / "val", 4)
+    lines = ["ImageId,PredictionString"]
+    lines += [f"{i:03d},{'n02' if i else 'n01'} 1 2 3 4" for i in range(4)]
+    (tmp_path / "LOC_val_solution.csv").write_text("\n".join(lines))
+    (tmp_path / "LOC_synset_mapping.txt").write_text("n01 tench, Tinca tinca\nn02 \n")
+    for data_dir in (tmp_path / "ILSVRC", tmp_path):
+        train, val = open_folder(data_dir, S, 1)
+        assert train.class_names == ["tench, Tinca tinca (n01)", "n02"]
+        assert val.labels.tolist() == [0, 1, 1, 1]
+
+
+def test_codes_belong_to_their_images_and_classes(tmp_path, capsys):
+    """A renamed class folder moved every label, and the old codes were learned in silence."""
+    data = tmp_path / "data"
+    write_images(data / "blue", 30)
+    write_images(data / "red", 30)
+    flags = f"--data {data} --perceptual 0 --gan 0"
+    call(train_tokenizer, tmp_path / "out", flags)
+    call(train_gpt, tmp_path / "out", "--code-images 50")               # --data from the run
+    assert load_generator(tmp_path / "out" / "gpt.pt")[2] == ["blue", "red"]
+    (data / "blue").rename(data / "zblue")
+    line = error_of(capsys, train_gpt, tmp_path / "out", "--code-images 50 --resume --steps 9")
+    assert "learned the classes ['blue', 'red']" in line and "zblue" in line
+    (tmp_path / "out" / "gpt.pt").unlink()
+    line = error_of(capsys, train_gpt, tmp_path / "out", "--code-images 50")
+    assert "codes.json tells of data" in line
+
+
+def test_scripts_know_the_data_set_of_a_run(tmp_path, capsys):
+    """Without --data they took the built-in shapes, whatever the run had learned."""
+    write_images(tmp_path / "data" / "cat", 30)
+    call(train_tokenizer, tmp_path / "out", f"--data {tmp_path / 'data'} --perceptual 0 --gan 0")
+    for script in (train_gpt, sample_script, evaluate):
+        command = ["probe"] if script is evaluate else []
+        args = script.parse_args(command + ["--out", str(tmp_path / "out")])
+        assert args.data == str(tmp_path / "data")
+    assert train_gpt.parse_args(["--out", str(tmp_path / "none")]).data == "shapes"
+
+
+def test_two_runs_do_not_write_into_one_folder(a_copy, capsys, monkeypatch):
+    """The second's checkpoints replaced the first's without --overwrite."""
+    path = a_copy / "tokenizer.pt"
+    path.unlink()
+    step_of_this_run = train_tokenizer.seed_step
+
+    def another_run_saves(seed, step):
+        step_of_this_run(seed, step)
+        if step == 3:
+            path.write_bytes(b"another run's")
+    monkeypatch.setattr(train_tokenizer, "seed_step", another_run_saves)
+    line = error_of(capsys, train_tokenizer, a_copy, code=1)
+    assert "another run has written" in line and path.read_bytes() == b"another run's"
+
+
+def test_folder_that_cannot_be_written_is_told_before_the_work(tmp_path, capsys, monkeypatch):
+    """A read-only folder or a full disk was a traceback, after all the work."""
+    def full(*args, **how):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(train_tokenizer.tempfile, "TemporaryFile", full)
+    for script, flags in ((train_tokenizer, ""), (evaluate, "compare a.npz b.npz")):
+        line = error_of(capsys, script, tmp_path / "out", flags)
+        assert "cannot write into" in line and "No space left" in line
+
+
+def test_words_of_the_command_line_are_read_as_meant(tmp_path, capsys, monkeypatch):
+    """--out=~/run made a folder named ~; mps failed late; RANK alone is no torchrun."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert train_tokenizer.parse_args(["--out=~/run"]).out == tmp_path / "run"
+    assert "float64" in error_of(capsys, train_tokenizer, tmp_path / "out", "--device mps")
+    assert "--cfg is nan" in error_of(capsys, sample_script, tmp_path / "out", "--cfg nan")
+    monkeypatch.setenv("RANK", "0")
+    assert train_tokenizer.join_ranks(Namespace(device="cpu")).ranks == 1
+
+
+def test_scripts_run_where_there_is_no_resource_module(tmp_path):
+    """Windows has none, and every script died at its import."""
+    code = "import sys; sys.modules['resource'] = None; import evaluate, train_tokenizer as t; " \
+           "assert t.peak_memory('cpu') == 0"
+    subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, check=True)
+
 
 def test_folder_with_train_and_val_must_agree(tmp_path):
     write_images(tmp_path / "train" / "cat", 3)

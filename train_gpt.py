@@ -12,6 +12,7 @@ at 64 tokens takes 164 MB per view.
 """
 import argparse
 import copy
+import hashlib
 import json
 import math
 import os
@@ -112,7 +113,7 @@ def main(args):
     train, val = open_data(args, tokenizer.config.image_size, job)
     parts = build_generator_parts(tokenizer.config, len(train.class_names), args, job)
     if args.resume:
-        check_learned_codes(path, tokenizer, args)
+        check_learned_codes(path, tokenizer, train.class_names, args)
     start = restore(path, "gpt", parts, args) if args.resume else 0
     choose_dtype(args, job)
     codes, val_codes, val_labels = cached_codes(tokenizer, train, val, args, job)
@@ -157,11 +158,14 @@ def find_tokenizer(args):
     return load_tokenizer(path, args.device)
 
 
-def check_learned_codes(path, tokenizer, args):
-    """UserError when the checkpoint to resume learned the codes of another tokenizer."""
-    carried = read_checkpoint(path, "gpt", mmap=True)["tokenizer"]
-    carried = build_model(SpectralTokenizer, TokenizerConfig, carried, path, "cpu")
+def check_learned_codes(path, tokenizer, class_names, args):
+    """UserError when the checkpoint to resume learned other classes or another tokenizer."""
+    saved = read_checkpoint(path, "gpt", mmap=True)
+    carried = build_model(SpectralTokenizer, TokenizerConfig, saved["tokenizer"], path, "cpu")
     learned, now = code_fingerprint(carried), code_fingerprint(tokenizer)
+    if saved["class_names"] != class_names:
+        raise UserError(f"{path} learned the classes {saved['class_names'][:5]} .., the data set "
+                        f"has {class_names[:5]} ..: --overwrite starts anew")
     if learned != now:
         raise UserError(f"{path} learned codes of tokenizer {learned}, {args.out}/tokenizer.pt "
                         f"makes those of {now}: --overwrite starts anew")
@@ -254,7 +258,8 @@ def cached_codes(tokenizer, train, val, args, job):
         raise UserError(f"--views ten-crop crops image files, {args.data} has none: take flip")
     images = min(args.code_images or len(train), len(train))
     held_out = min(args.eval_images, len(val))
-    made_with = dict(tokenizer=code_fingerprint(tokenizer), data=args.data, images=images,
+    made_with = dict(tokenizer=code_fingerprint(tokenizer), data=data_fingerprint(train),
+                     held_out_data=data_fingerprint(val), images=images,
                      held_out=held_out, views=args.views, dtype=job.dtype_name)
     train_file, val_file = args.out / "codes-train.npy", args.out / "codes-val.npy"
     claim_files(args.out / "codes.json", made_with, [train_file, val_file], args, job)
@@ -263,6 +268,16 @@ def cached_codes(tokenizer, train, val, args, job):
     val_codes = torch.from_numpy(val_records["codes"][:, 0].astype(np.int64))
     val_labels = torch.from_numpy(val_records["label"].astype(np.int64) - 1)
     return codes, val_codes, val_labels
+
+
+def data_fingerprint(data):
+    """16 hex digits that name a data set by its classes and by the labels, names and sizes of its
+    files: codes of other images or labels must not be learned."""
+    digest = hashlib.sha256(repr((len(data), data.class_names)).encode())
+    if isinstance(data, Folder):
+        for file, label in zip(data.files, data.labels.tolist()):
+            digest.update(f"{label} {os.path.basename(file)} {os.path.getsize(file)}".encode())
+    return digest.hexdigest()[:16]
 
 
 def code_record(views, N):
@@ -319,7 +334,10 @@ def claim_files(note, made_with, files, args, job):
     if job.rank == 0:
         made_with = dict(made_with, format=RECORDS_FORMAT)
         files = [Path(f"{file}{end}") for file in files for end in ("", ".part")]
-        found = json.loads(note.read_text()) if note.exists() else {}
+        try:
+            found = json.loads(note.read_text()) if note.exists() else {}
+        except ValueError:                                       # a note that is not whole
+            found = {}
         differs = [name for name in made_with if found.get(name) != made_with[name]]
         there = [file for file in files if file.exists()]
         if there and (not note.exists() or "tokenizer" in found and "format" not in found):

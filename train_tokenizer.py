@@ -27,6 +27,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+import tempfile
 import time
 import urllib.request
 from collections import defaultdict, deque
@@ -116,7 +117,7 @@ PRESETS = {
 
 
 def parse_args(argv=None):
-    parser, preset = base_parser(__doc__, argv)
+    parser, preset = base_parser(__doc__, argv, follow=False)
     add_settings(parser, TokenizerConfig, preset)
     add_settings(parser, TokenizerSettings, preset)
     add_settings(parser, TrainingSettings, preset)
@@ -414,6 +415,7 @@ def training_loop(kind, parts, start, batches, take_step, compute_loss, evaluate
     path = args.out / f"{kind}.pt"
     log = Log(args.out / f"log-{kind}.jsonl", parts["model"], args, job)
     interrupt = Interrupt()
+    ours = file_stamp(path)
     for step in range(start, args.steps + 1):
         # All processes must agree to stop, or those that go on would wait for the others.
         last = step == args.steps or any_rank(interrupt.asked)
@@ -423,8 +425,12 @@ def training_loop(kind, parts, start, batches, take_step, compute_loss, evaluate
             if saves or evaluates or step % args.log_every == 0:
                 log.report(step)
             # Save first: a picture that cannot be written must not cost the steps of hours.
+            if saves and job.rank == 0 and file_stamp(path) != ours:
+                raise FailedRun(f"another run has written {path} since this one started: nothing "
+                                f"is saved; take another --out")
             if saves:
                 save_run(path, kind, parts, step, args, job, **(carried or {}))
+                ours = file_stamp(path)
             if evaluates and job.rank == 0:
                 log.write(step=step, **evaluate())
                 log.reset()
@@ -440,6 +446,11 @@ def training_loop(kind, parts, start, batches, take_step, compute_loss, evaluate
     if interrupt.asked:
         raise FailedRun(f"{interrupt.asked} after step {step}: saved {path}, --resume goes on "
                         f"from there")
+
+
+def file_stamp(path):
+    """What changes when another program writes a file; None without one."""
+    return (path.stat().st_mtime_ns, path.stat().st_ino) if path.exists() else None
 
 
 def count_flops(compute_loss, micro_batch, parts):
@@ -612,11 +623,18 @@ def start_folder(path, args):
     if path.exists() and not (args.resume or args.overwrite):
         raise UserError(f"{path} exists: --resume goes on from it, --overwrite replaces it, --out "
                         f"takes another folder")
+    make_writable(path.parent)
+
+
+def make_writable(folder):
+    """Make a folder. UserError when no file can be written there: better now than after hours."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(65536))
     except OSError as e:
-        raise UserError(f"cannot make the folder {path.parent} ({e.strerror}): choose another "
-                        f"--out") from None
+        raise UserError(f"cannot write into {folder} ({e.strerror}): choose another place, or "
+                        f"free disk space") from None
 
 
 def save_run(path, kind, parts, step, args, job, **carried):
@@ -826,7 +844,7 @@ class Job:
 def join_ranks(args):
     """The Job of this process, alone or beside the others of torchrun. The first alone prints."""
     job = Job(args.device)
-    if "RANK" in os.environ:
+    if {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys():
         cuda = job.device.startswith("cuda")
         if cuda:
             torch.cuda.set_device(job.device)
@@ -986,8 +1004,11 @@ class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFo
         return super()._get_help_string(action)
 
 
-def base_parser(doc, argv):
-    """(parser with the flags of every script, preset that --preset or --data names)."""
+def base_parser(doc, argv, follow=True):
+    """(parser with the flags of every script, preset that --preset or --data names).
+
+    follow: without --data, take the data set that the run in --out was trained on.
+    """
     parser = argparse.ArgumentParser(description=doc, formatter_class=Help, allow_abbrev=False)
     add = parser.add_argument_group("data and run").add_argument
     add("--data", default="shapes", help=", ".join(DATA) + ", or a folder of images")
@@ -999,9 +1020,26 @@ def base_parser(doc, argv):
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu",
         help="cuda, cuda:1, cpu")
     peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    peek.add_argument("--data", default="shapes")
-    peek.add_argument("--preset")
-    return parser, preset_of(peek.parse_known_args(argv)[0])
+    for flag in ("--data", "--preset", "--out"):
+        peek.add_argument(flag)
+    given = vars(peek.parse_known_args(argv)[0])
+    saved = {}
+    if follow and given["out"] and not given["data"]:
+        flags = saved_flags(Path(given["out"]).expanduser())
+        saved = {name: flags[name] for name in ("data", "data_dir", "preset") if name in flags}
+        parser.set_defaults(**saved)
+    name = given["preset"] or given["data"] or saved.get("preset") or saved.get("data", "shapes")
+    return parser, PRESETS.get(name, PRESETS["cifar"])
+
+
+def saved_flags(out):
+    """The flags of the run in a folder, {} without one. A broken file is told when it is used."""
+    for kind in ("gpt", "tokenizer"):
+        try:
+            return read_checkpoint(out / f"{kind}.pt", kind, mmap=True)["args"]
+        except (UserError, RuntimeError, MemoryError):
+            continue
+    return {}
 
 
 def preset_of(args):
@@ -1085,26 +1123,39 @@ def finish_args(parser, args):
         value = getattr(args, name, None)
         if value is not None and value < 1:
             parser.error(f"--{name.replace('_', '-')} is {value}: it must be at least 1")
+    for name, value in vars(args).items():
+        if isinstance(value, str) and value.startswith("~"):     # --out=~/run: bash leaves it
+            setattr(args, name, os.path.expanduser(value))
+    if args.device.startswith("mps"):
+        parser.error("--device mps is not supported yet, because it has no float64, which the "
+                     "mapping and sampling need: use cpu")
     if args.device.startswith("cuda") and "LOCAL_RANK" in os.environ:
         args.device = f"cuda:{os.environ['LOCAL_RANK']}"         # torchrun: a GPU per process
     try:
         torch.empty(1, device=args.device)
     except (RuntimeError, AssertionError) as e:
         parser.error(f"--device {args.device}: {str(e).splitlines()[0]}")
-    name = args.data if args.data in DATA else Path(args.data).resolve().name
-    args.out = Path(args.out or Path("out") / name)
+    if args.data not in DATA:
+        args.data = str(Path(args.data).resolve())
+    args.out = Path(args.out or Path("out") / Path(args.data).name)
     return args
 
 
 def run_script(main, args):
     """main(args). A user's mistake (exit 2) and a failed run (exit 1) are told in one line."""
     keep_freed_memory()
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):                       # names that it cannot print
+            stream.reconfigure(errors="backslashreplace")
     code = 0
     try:
         main(args)
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
         code = 2
+    except OSError as e:                                         # a full disk, a read-only folder
+        print(f"failed: {e}", file=sys.stderr)
+        code = 1
     except (RuntimeError, MemoryError) as e:
         line = str(e).split("\n")[0]
         if out_of_memory(e):
@@ -1149,7 +1200,7 @@ def open_data(args, image_size, job):
     if name in CIFAR:
         found = find_cifar(name, root)
     elif name == "imagenet":                                     # by itself, or as Kaggle packs it
-        found = (root / "train").is_dir() or (root / KAGGLE / "train").is_dir()
+        found = any((root / place / "train").is_dir() for place in ("", *KAGGLE))
     elif name != "shapes":
         root = Path(name)
     if not found and getattr(args, "dry_run", False):
@@ -1172,7 +1223,7 @@ def open_data(args, image_size, job):
         if not root.is_dir():
             raise UserError(f"{root} is not a folder: --data takes {', '.join(DATA)} or a folder "
                             f"of images")
-        return open_folder(root, image_size, args.workers)
+        return open_folder(root, image_size, args.workers, args.out)
     return first_rank_first(load, job)
 
 
@@ -1330,7 +1381,8 @@ class Cifar:
 
     def __init__(self, name, split, data_dir, image_size):
         if image_size != 32:
-            raise UserError(f"{name} images are 32 px, --image-size is {image_size}: leave it out")
+            raise UserError(f"{name} images are 32 px, --image-size is {image_size}: give "
+                            f"--image-size 32")
         about, data_dir = CIFAR[name], Path(data_dir)
         root = find_cifar(name, data_dir)
         if not root:
@@ -1391,23 +1443,46 @@ def download(url, path, digest, remedy):
 # folders of images: train/ and val/ inside, or one folder per class, or images alone (one class)
 
 KAGGLE = "Data/CLS-LOC"                         # where Kaggle's ImageNet has train and val
-EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+EXTENSIONS = {".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+HELD_OUT = "val", "valid", "validation", "test"  # names of a held-out folder, the best first
+KAGGLE = "Data/CLS-LOC", "ILSVRC/Data/CLS-LOC"   # where Kaggle's ImageNet has train and val
+
+
+def visible(names):
+    """Sorted names, without those that other programs leave behind (.DS_Store, __MACOSX)."""
+    return sorted(name for name in names if not name.startswith((".", "__MACOSX")))
+
+
+def image_names(names):
+    return [name for name in visible(names) if os.path.splitext(name)[1].lower() in EXTENSIONS]
 
 
 def images_below(folder):
     """Paths of all image files below a folder, sorted, so that image i is the same everywhere."""
-    files = []
-    for where, _, names in os.walk(folder):
-        files += [os.path.join(where, name) for name in names
-                  if os.path.splitext(name)[1].lower() in EXTENSIONS]
+    files, seen = [], set()
+    for where, folders, names in os.walk(folder, followlinks=True):
+        # A link may lead to a folder that was seen already, even to one above it.
+        folders[:] = visible(folders) if os.path.realpath(where) not in seen else []
+        if os.path.realpath(where) not in seen:
+            files += [os.path.join(where, name) for name in image_names(names)]
+        seen.add(os.path.realpath(where))
     return sorted(files)
 
 
-def list_classes(folder):
-    """{class name: files}: sub-folders are classes, a folder of images alone is one class."""
-    classes = {d.name: d for d in sorted(folder.iterdir()) if d.is_dir()} or {folder.name: folder}
+def list_classes(folder, alone, out=None):
+    """{class name: files}: sub-folders are classes; images alone are one class, named `alone`.
+
+    out: the run's own folder, which may lie in the data folder and is no class.
+    """
+    names = visible(os.listdir(folder))
+    places = {name: folder / name for name in names if (folder / name).is_dir()
+              and not (out and out.resolve().is_relative_to((folder / name).resolve()))}
+    beside = image_names(names)
+    if places and beside:
+        print(f"warning: {folder} has {len(beside)} images beside its {len(places)} class "
+              f"folders: they are left out")
     files = {}
-    for name, place in classes.items():
+    for name, place in (places or {alone: folder}).items():
         files[name] = images_below(place)
         if not files[name]:
             raise UserError(f"{place} has 0 images ({' '.join(sorted(EXTENSIONS))}): add some or "
@@ -1415,27 +1490,44 @@ def list_classes(folder):
     return files
 
 
-def open_folder(root, image_size, workers):
+def read_table(root, name, separator):
+    """{first word: the rest} of the lines of a file of ImageNet's, in a folder or above it."""
+    for place in (root, *root.resolve().parents[:3]):
+        if (place / name).is_file():
+            parts = [line.partition(separator) for line in open(place / name, encoding="utf-8")]
+            return {first: rest.strip() for first, _, rest in parts if rest.strip()}
+    return {}
+
+
+def open_folder(root, image_size, workers, out=None):
     """(train, val) of a folder. Class names are its folders', in words where ImageNet has some."""
-    words = {}                                   # of ImageNet's folders: {wnid: class name}
-    for file in (root.parent / "LOC_synset_mapping.txt", root / "LOC_synset_mapping.txt"):
-        if file.is_file():
-            lines = [line for line in file.read_text().splitlines() if " " in line]
-            words = dict(line.split(maxsplit=1) for line in lines)
-    if (root / KAGGLE).is_dir():
-        root = root / KAGGLE
-    has_train = (root / "train").is_dir()
-    train = list_classes(root / "train" if has_train else root)
-    if has_train and (root / "val").is_dir():
-        val = list_classes(root / "val")
+    root = Path(root)
+    for place in KAGGLE:
+        if (root / place).is_dir():
+            root = root / place
+    folders = [name for name in visible(os.listdir(root)) if (root / name).is_dir()]
+    held_out = [name for name in HELD_OUT if name in folders]
+    # Beside other folders and without a held-out one, "train" is a class, such as of vehicles.
+    if "train" in folders and (held_out or folders == ["train"]):
+        train = list_classes(root / "train", root.name)
+    else:
+        train, held_out = list_classes(root, root.name, out), []
+    if held_out:
+        val = list_classes(root / held_out[0], root.name)
     else:
         train, val = hold_out(root, train)
+    if list(val) == [root.name] and len(train) > 1:              # Kaggle's val has no folders
+        solution = read_table(root, "LOC_val_solution.csv", ",")
+        files, val = val[root.name], {name: [] for name in train}
+        for file in files:
+            val.setdefault(solution.get(Path(file).stem, "?").split()[0], []).append(file)
     if val.keys() != train.keys():
         odd = sorted(val.keys() ^ train.keys())
         raise UserError(f"{root}: {len(train)} classes in train and {len(val)} in val, {len(odd)} "
                         f"of them in one only (first: {odd[0]}): make them the same, each image "
                         f"in its class's folder")
-    names = [f"{words[name].strip()} ({name})" if name in words else name for name in train]
+    words = read_table(root, "LOC_synset_mapping.txt", " ")
+    names = [f"{words[name]} ({name})" if name in words else name for name in train]
     return (Folder(list(train.values()), names, image_size, workers),
             Folder(list(val.values()), names, image_size, workers))
 
@@ -1447,8 +1539,8 @@ def hold_out(root, classes):
         raise UserError(f"{root} has {total} image, and 1 is held out for validation: add more")
     order = np.random.RandomState(0).permutation(total).tolist()
     held_out = set(order[:max(1, round(0.05 * total))])
-    print(f"{root} has no val folder: {len(held_out)} of {total} images (5 %, seeded) are held "
-          f"out")
+    print(f"{root} has no {', '.join(HELD_OUT[:-1])} or {HELD_OUT[-1]} folder: {len(held_out)} of "
+          f"{total} images (5 %, seeded) are held out")
     train, val, numbers = {}, {}, count()
     for name, files in classes.items():
         train[name], val[name] = [], []
