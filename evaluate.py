@@ -35,8 +35,8 @@ from tqdm import tqdm
 
 from sample import (add_sampling_flags, balanced_labels, check_sampling_flags, check_tokens,
                     draw_codes, load_models, sampling_job, sampling_settings)
-from spectralar import (UserError, dct2, fingerprint, in_window, largest_window, load_generator,
-                        load_tokenizer, load_weights, low_pass, read_weights)
+from spectralar import (UserError, code_fingerprint, dct2, fingerprint, in_window, largest_window,
+                        load_generator, load_tokenizer, load_weights, low_pass, read_weights)
 from train_gpt import held_out_bits
 from train_tokenizer import (CIFAR, JUDGE, all_sum, base_parser, codebook_use, decode_image,
                              download, effective_rank, finish_args, first_rank_first, gather,
@@ -80,9 +80,13 @@ def parse_args(argv=None):
     expected = 0 if measures_run else 2
     if len(args.paths) != expected:
         parser.error(f"{args.command} takes {expected} paths, not {len(args.paths)}")
-    if args.command == "truncation" and args.tokens is not None:
-        parser.error(f"--tokens is {args.tokens}, but truncation samples as many tokens as the "
-                     f"largest of --levels: use --levels")
+    if args.command != "generation" and args.tokens is not None:
+        parser.error(f"--tokens is {args.tokens}, but {args.command} does not use it: use "
+                     f"--levels")
+    if args.command == "generation" and args.levels:
+        parser.error("--levels is of reconstruction and truncation: use --tokens")
+    if args.command == "reconstruction" and args.tokenizer:
+        parser.error("--tokenizer is of generation: name the folder of that tokenizer by --out")
 
     # Defaults that depend on other flags. From here on, args is only read.
     small_images = measures_run and args.data in ("shapes", *CIFAR)
@@ -246,12 +250,11 @@ def measure_generation(gpt, tokenizer, network, train, levels, args, job):
     num = args.num or (50_000 if args.features == "inception" else 10_000)
     labels = balanced_labels(num, range(gpt.config.num_classes), args.seed)
     drawn = []
+    if args.reference:                              # first: its name may be wrong
+        reference = measure_path(args.reference, network, args, job)
     for rows in own_batches("sampling", num, args.batch_size, job):
         drawn.append(draw_codes(gpt, labels[rows], rows.start, max(levels), args, job))
-
-    if args.reference:
-        reference = measure_path(args.reference, network, args, job)
-    else:
+    if not args.reference:
         chosen = pick_images(len(train), 50_000)
         batches = read_batches("training images", train, chosen, args.batch_size, job)
         reference = extract_features(batches, network, job)
@@ -347,6 +350,9 @@ def run_truncation(args, job):
     if (args.out / "gpt.pt").exists():
         gpt, own_tokenizer, class_names = load_models(args, job)
     tokenizer = load_tokenizer(args.out / "tokenizer.pt", job.device)
+    if gpt and code_fingerprint(tokenizer) != code_fingerprint(own_tokenizer):
+        raise UserError(f"{args.out}/gpt.pt learned the codes of another tokenizer than "
+                        f"{args.out}/tokenizer.pt: train it again, or move it away")
     levels = args.levels or spread_levels(tokenizer.config.num_tokens)
     train, val, network = open_run(tokenizer, class_names, args, job)
 
@@ -1075,7 +1081,8 @@ def line_chart(title, rows, x_column, columns, log=False):
     """Pillow picture: columns of the rows against another; log: whether x has a log scale."""
     lines = {}
     for column in columns:
-        points = [(row[x_column], row[column]) for row in rows if row.get(column) is not None]
+        points = [(row[x_column], row[column]) for row in rows
+                  if row.get(column) is not None and math.isfinite(row[column])]
         if points:
             lines[column] = points
     xs = sorted(row[x_column] for row in rows)

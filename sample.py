@@ -73,6 +73,8 @@ def parse_args(argv=None):
 
 def main(args):
     job = sampling_job(args)
+    if job.rank and not args.npz:                # pictures need one process alone
+        return
     gpt, tokenizer, names = load_models(args, job)
     if args.list_classes:
         for c, name in enumerate(names):
@@ -345,7 +347,8 @@ def choose_classes(args, names):
         return [find_class(word, names) for word in args.classes]
     if args.npz:
         return list(range(len(names)))
-    return list(range(0, len(names), max(1, len(names) // 10)))[:10]
+    shown = min(10, len(names))
+    return [i * len(names) // shown for i in range(shown)]
 
 
 def find_class(word, names):

@@ -1830,7 +1830,9 @@ def test_dry_run_plans_and_writes_nothing(script, kind, tmp_path, capsys):
     assert list(plan) == ["parameters", "tokens", "batch", "steps", "compute", "memory", "time",
                           "here"]
     assert "64 images, 32 per GPU" in plan["batch"]
-    assert "1,000, so 0.1 M images: 0.1 x all 1,000,000" in plan["steps"]
+    # The tokenizer sees all images of shapes, the generator 64 that are encoded.
+    times = "0.1 x all 1,000,000" if kind == "tokenizer" else "1,000.0 x all 64"
+    assert f"1,000, so 0.1 M images: {times}" in plan["steps"]
     assert "a step of 4 images" in plan["here"]
     gflop, total = map(float, re.findall(r"([\d.e+-]+) G?FLOP", plan["compute"]))
     assert total == pytest.approx(gflop * 1e9 * 64000, rel=0.01)
@@ -1863,6 +1865,8 @@ def test_plan_needs_no_data_set(script, kind, data, images, classes, tmp_path, c
     flags = f"--data {data} --data-dir {tmp_path / 'absent'} --dry-run"
     if script is train_tokenizer:
         flags += f" --image-size {S if data == 'imagenet' else 32} --perceptual 0"
+    else:
+        flags += " --code-images 2000000"
     call(script, tmp_path / "out", flags)
     text = capsys.readouterr().out
     assert f"the plan assumes {images} images of {classes} classes" in text

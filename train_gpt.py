@@ -3,7 +3,7 @@
   python train_gpt.py                                           # after python train_tokenizer.py
   python train_gpt.py --data cifar10 --depth 8 --width 256      # another size
   torchrun --nproc-per-node 8 train_gpt.py --data imagenet --data-dir /path/to/ILSVRC      # d16
-  python train_gpt.py --data imagenet --depth 30 --dry-run      # what would d30 take?
+  python train_gpt.py --data imagenet --dry-run --micro-batch 4      # what would d16 take?
 
 It reads out/<data>/tokenizer.pt and writes gpt.pt, samples.png (a row per class) and
 log-gpt.jsonl beside it. The data set is encoded once, by all processes together, into
@@ -140,7 +140,8 @@ def main(args):
         return record
 
     if args.dry_run:
-        return print_plan(take_step, next(batches), parts["model"], len(train), args, job)
+        images = min(args.code_images or len(train), len(train))
+        return print_plan(take_step, next(batches), parts["model"], images, args, job)
     carried = dict(class_names=train.class_names,
                    tokenizer=dict(config=asdict(tokenizer.config), model=tokenizer.state_dict(),
                                   fingerprint=code_fingerprint(tokenizer)))
@@ -258,9 +259,10 @@ def cached_codes(tokenizer, train, val, args, job):
         raise UserError(f"--views ten-crop crops image files, {args.data} has none: take flip")
     images = min(args.code_images or len(train), len(train))
     held_out = min(args.eval_images, len(val))
-    made_with = dict(tokenizer=code_fingerprint(tokenizer), data=data_fingerprint(train),
-                     held_out_data=data_fingerprint(val), images=images,
+    made_with = dict(tokenizer=code_fingerprint(tokenizer), images=images,
                      held_out=held_out, views=args.views, dtype=job.dtype_name)
+    if job.rank == 0:                            # it looks at every file
+        made_with.update(data=data_fingerprint(train), held_out_data=data_fingerprint(val))
     train_file, val_file = args.out / "codes-train.npy", args.out / "codes-val.npy"
     claim_files(args.out / "codes.json", made_with, [train_file, val_file], args, job)
     codes = encode_split(train_file, tokenizer, train, images, args.views, job)
@@ -292,9 +294,6 @@ def encode_split(path, tokenizer, data, number, views, job):
     crops, mirrored = VIEWS[views]
     record = code_record(views, tokenizer.config.num_tokens)
     chosen = pick_images(len(data), number)
-    if len(data.class_names) > 65535:
-        raise UserError(f"{len(data.class_names)} classes, 16-bit labels name 65,535: merge some")
-
     def read_views(rows):
         places = [None if crop is None else torch.tensor(crop).expand(len(rows), 3)
                   for crop in crops]
@@ -340,8 +339,8 @@ def claim_files(note, made_with, files, args, job):
             found = {}
         differs = [name for name in made_with if found.get(name) != made_with[name]]
         there = [file for file in files if file.exists()]
-        if there and (not note.exists() or "tokenizer" in found and "format" not in found):
-            print(f"nothing tells what made {there[0]}: it is made anew")
+        if there and "tokenizer" in found and "format" not in found:
+            print(f"{note} is of an older version of this program: its files are made anew")
         elif there and differs and not args.overwrite:
             name = differs[0]
             raise UserError(f"{note} tells of {name} {found.get(name)}, this run has {name} "
@@ -396,6 +395,8 @@ def unfinished(file, batch_size, job):
 def write_records(file, rows, labels, **content):
     for name, value in content.items():
         file[name][rows] = value
+    if labels.max() >= 65535:
+        raise UserError(f"class {labels.max()} does not fit 16 bits: use at most 65,535 classes")
     file["label"][rows] = labels + 1
 
 

@@ -4,7 +4,7 @@
   python train_tokenizer.py --data cifar10                      # downloaded when absent
   python train_tokenizer.py --data /my/images --image-size 64   # a folder of your own
   torchrun --nproc-per-node 8 train_tokenizer.py --data imagenet --data-dir /path/to/ILSVRC
-  python train_tokenizer.py --data imagenet --dry-run           # what would the paper's size take?
+  python train_tokenizer.py --data imagenet --dry-run --micro-batch 2      # what would it take?
 
 After the run, out/<data>/ also holds recon.png (images, their sub-images and reconstructions at
 several levels) and log-tokenizer.jsonl.
@@ -34,6 +34,7 @@ from collections import defaultdict, deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields
+from datetime import timedelta
 from functools import lru_cache, partial
 from itertools import chain, count, repeat
 from pathlib import Path
@@ -43,7 +44,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint as recompute_in_backward
 from torch.utils.flop_counter import FlopCounterMode
@@ -248,10 +249,11 @@ def main(args):
 
     def compute_loss(images):
         images = to_float(images.to(job.device))
-        levels = sample_levels(len(images), config.num_tokens, full_only=config.flat or source)
+        levels = sample_levels(len(images), config.num_tokens,
+                               full_only=config.flat or args.finetune_decoder)
+        distance = perceptual if start >= args.perceptual_start else None
         losses, _, _, _ = tokenizer_losses(parts["model"], images, levels.to(job.device),
-                                           parts["model"].edges, perceptual,
-                                           parts.get("discriminator"), args, job)
+                                           parts["model"].edges, distance, None, args, job)
         return losses["loss"]
 
     def evaluate():
@@ -340,9 +342,10 @@ def evaluate_tokenizer(model, data, args, job):
         if len(codes) == 1:
             draw_reconstructions(args.out / "recon.png", images, outputs, model.edges)
         for level, output in outputs.items():
+            # Against the sub-image, then against the image. An exact copy counts as 100 dB.
             truths = low_pass(images, model.edges[level - 1]), images
-            scores[level].append(torch.stack(
-                [psnr(to_uint8(output), to_uint8(truth)) for truth in truths]))
+            score = [psnr(to_uint8(output), to_uint8(truth)) for truth in truths]
+            scores[level].append(torch.stack(score).clamp(max=100))
 
     means = {level: torch.cat(score, 1).mean(1).tolist() for level, score in scores.items()}
     codes = torch.cat(codes)
@@ -442,10 +445,11 @@ def training_loop(kind, parts, start, batches, take_step, compute_loss, evaluate
         waited = time.perf_counter() - asked
         if step == start:
             log.flops_per_image = count_flops(compute_loss, batch[0], parts) / job.micro_batch
+            log.reset()
         log.add(take_step(step, batch), waited)
-    if interrupt.asked:
-        raise FailedRun(f"{interrupt.asked} after step {step}: saved {path}, --resume goes on "
-                        f"from there")
+    if step < args.steps:
+        raise FailedRun(f"{interrupt.asked or 'a signal'} after step {step}: saved {path}, "
+                        f"--resume goes on from there")
 
 
 def file_stamp(path):
@@ -456,8 +460,8 @@ def file_stamp(path):
 def count_flops(compute_loss, micro_batch, parts):
     """Operations of the matrix products and convolutions of a forward and backward pass.
 
-    It is a pass of its own, and leaves nothing behind: counting changes the last bits of
-    gradients, and would get into compiled code.
+    A separate pass whose gradients are thrown away. Counting inside the step would change the last
+    bits of its gradients, and end up in compiled code.
     """
     with FlopCounterMode(display=False) as counter:
         compute_loss(micro_batch).backward()
@@ -472,8 +476,10 @@ class Interrupt:
     def __init__(self):
         self.asked = None
         for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-            if hasattr(signal, name):                            # Windows has no SIGHUP
-                signal.signal(getattr(signal, name), self.ask)
+            number = getattr(signal, name, None)                 # Windows has no SIGHUP
+            # nohup ignores SIGHUP on purpose.
+            if number and signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, self.ask)
 
     def ask(self, number, frame):
         self.asked = signal.Signals(number).name
@@ -521,7 +527,7 @@ def batch_indices(n, batch_size, step, seed):
 
 
 def pick_images(n, most):
-    """At most `most` of n indices, ascending: a fixed random choice, which skips no class."""
+    """At most `most` of n indices, ascending: a fixed random choice, spread over all classes."""
     order = torch.randperm(n, generator=torch.Generator().manual_seed(0))
     return order[:most].sort().values
 
@@ -649,7 +655,8 @@ def save_run(path, kind, parts, step, args, job, **carried):
                     step=step, **states, **carried)
     if args.keep:
         shutil.copyfile(path, path.with_stem(f"{path.stem}-{step:07d}"))
-        for old in sorted(path.parent.glob(f"{path.stem}-{'[0-9]' * 7}.pt"))[:-args.keep]:
+        kept = path.parent.glob(f"{path.stem}-{'[0-9]' * 7}.pt")
+        for old in sorted(kept, key=os.path.getmtime)[:-args.keep]:
             old.unlink()
 
 
@@ -848,7 +855,9 @@ def join_ranks(args):
         cuda = job.device.startswith("cuda")
         if cuda:
             torch.cuda.set_device(job.device)
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+        # The first process may train a classifier or download for hours, while the others wait.
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo",
+                                timeout=timedelta(days=1))
         job.rank, job.ranks = dist.get_rank(), dist.get_world_size()
         if job.rank:
             sys.stdout = open(os.devnull, "w")
@@ -910,7 +919,7 @@ def any_rank(flag):
 
 
 def barrier():
-    """Wait for all processes, by gloo: for half an hour, where NCCL gives up after ten minutes."""
+    """Wait for all processes."""
     any_rank(False)
 
 
@@ -1101,7 +1110,9 @@ def parse_training_args(parser, argv, kind, settings):
     try:
         if args.resume and path.exists():
             saved = read_checkpoint(path, kind, mmap=True)["args"]
-            own = {"resume", "overwrite", "dry_run", "out", "device"}     # never of the saved run
+            own = {"resume", "overwrite", "dry_run", "out", "device", "workers"}     # not saved
+            if saved["device"][:4] != args.device[:4]:           # another machine: choose anew
+                own.add("dtype")
             saved = {k: v for k, v in saved.items() if k in vars(args).keys() - own}
             parser.set_defaults(**saved)
             args = finish_args(parser, parser.parse_args(argv))
@@ -1118,8 +1129,11 @@ def parse_training_args(parser, argv, kind, settings):
 
 
 def finish_args(parser, args):
-    """Refuse counts below 1, and fill in the device of this process and --out."""
-    for name in ("batch_size", "micro_batch", "log_every", "save_every", "gpus", "num"):
+    """Refuse numbers that are too small, and fill in the device of this process and --out."""
+    if (getattr(args, "keep", None) or 0) < 0:
+        parser.error(f"--keep is {args.keep}: it must be at least 0")
+    for name in ("batch_size", "micro_batch", "log_every", "save_every", "gpus", "num", "workers",
+                 "tflops"):
         value = getattr(args, name, None)
         if value is not None and value < 1:
             parser.error(f"--{name.replace('_', '-')} is {value}: it must be at least 1")
@@ -1387,13 +1401,17 @@ class Cifar:
         root = find_cifar(name, data_dir)
         if not root:
             root = data_dir / about["folder"]
+            there = (data_dir / about["archive"]).exists()       # the user's own: it stays
             file = download(f"https://www.cs.toronto.edu/~kriz/{about['archive']}",
                             data_dir / about["archive"], about["md5"],
                             f"fetch it elsewhere and unpack it into {data_dir}, or name its "
                             f"folder by --data-dir")
             with tarfile.open(file) as archive:
-                archive.extractall(data_dir, filter="data")
-            file.unlink()
+                # Pythons before 3.10.12 and 3.11.4 know no filters.
+                safe = dict(filter="data") if hasattr(tarfile, "data_filter") else {}
+                archive.extractall(data_dir, **safe)
+            if not there:
+                file.unlink()
         head = about["label_bytes"]
         records = []
         for path in [root / name for name in about[split]]:
@@ -1442,7 +1460,7 @@ def download(url, path, digest, remedy):
 # -------------------------------------------------------------------------------------------------
 # folders of images: train/ and val/ inside, or one folder per class, or images alone (one class)
 
-KAGGLE = "Data/CLS-LOC"                         # where Kaggle's ImageNet has train and val
+PngImagePlugin.MAX_TEXT_CHUNK = 2 ** 28          # some programs write long texts into a picture
 EXTENSIONS = {".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 HELD_OUT = "val", "valid", "validation", "test"  # names of a held-out folder, the best first
 KAGGLE = "Data/CLS-LOC", "ILSVRC/Data/CLS-LOC"   # where Kaggle's ImageNet has train and val
@@ -1613,7 +1631,10 @@ def upright_rgb(image):
         raise ValueError(f"{image.width} x {image.height} px, too narrow for a square crop")
     if image.mode == "F":
         raise ValueError("floating-point pixels, whose range no one knows")
-    ImageOps.exif_transpose(image, in_place=True)
+    try:
+        ImageOps.exif_transpose(image, in_place=True)
+    except Exception:                            # a broken EXIF block tells nothing: leave it out
+        pass
     if image.mode.startswith("I"):
         image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
     if image.has_transparency_data:
