@@ -25,6 +25,9 @@ from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 
+from spectralar import (UserError, code_fingerprint, dct2, fingerprint, in_window, largest_window,
+                        load_generator, load_tokenizer, load_weights, low_pass, read_weights)
+
 import numpy as np
 import torch
 import torch.nn as nn
@@ -35,8 +38,6 @@ from tqdm import tqdm
 
 from sample import (add_sampling_flags, balanced_labels, check_sampling_flags, check_tokens,
                     draw_codes, load_models, sampling_job, sampling_settings)
-from spectralar import (UserError, code_fingerprint, dct2, fingerprint, in_window, largest_window,
-                        load_generator, load_tokenizer, load_weights, low_pass, read_weights)
 from train_gpt import held_out_bits
 from train_tokenizer import (CIFAR, JUDGE, all_sum, base_parser, codebook_use, decode_image,
                              download, effective_rank, finish_args, first_rank_first, gather,

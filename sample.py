@@ -22,12 +22,13 @@ import sys
 import time
 from pathlib import Path
 
+from spectralar import (UserError, code_fingerprint, fingerprint, guidance_scale, load_generator,
+                        load_tokenizer, wrap64)
+
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from spectralar import (UserError, code_fingerprint, fingerprint, guidance_scale, load_generator,
-                        load_tokenizer, wrap64)
 from train_gpt import (claim_files, open_records, unfinished, write_note, write_records)
 from train_tokenizer import (autocast, barrier, base_parser, decode_image, duration, finish_args,
                              image_grid, join_ranks, make_writable, run_script,

@@ -43,7 +43,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, PngImagePlugin
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -2298,6 +2298,52 @@ def test_scripts_run_where_there_is_no_resource_module(tmp_path):
     code = "import sys; sys.modules['resource'] = None; import evaluate, train_tokenizer as t; " \
            "assert t.peak_memory('cpu') == 0"
     subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, check=True)
+
+def test_nohup_keeps_its_meaning():
+    """The handler was installed over the SIGHUP that nohup ignores, so closing ssh ended a run."""
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
+    try:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        interrupt = train_tokenizer.Interrupt()
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+        assert signal.getsignal(signal.SIGTERM) == interrupt.ask
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def test_keep_keeps_the_newest_checkpoints(a_copy):
+    """Sorted by step, the checkpoints of an older, longer run were kept, the new ones deleted."""
+    stale = a_copy / "tokenizer-0009999.pt"
+    stale.write_bytes(b"of an older run")
+    os.utime(stale, (0, 0))
+    call(train_tokenizer, a_copy, "--overwrite --save-every 2 --keep 2")
+    names = sorted(file.name for file in a_copy.glob("tokenizer-*"))
+    assert names == ["tokenizer-0000004.pt", "tokenizer-0000006.pt"]
+
+
+def test_evaluate_refuses_what_it_would_ignore(a_copy, capsys):
+    """reconstruction --tokens 8 measured all tokens; truncation mixed two tokenizers."""
+    for flags, message in (("reconstruction --tokens 3", "--tokens is 3"),
+                           ("generation --levels 1,2", "--levels is of"),
+                           ("reconstruction --tokenizer x.pt", "--tokenizer is of generation")):
+        assert message in error_of(capsys, evaluate, a_copy, flags)
+    checkpoint = read_saved(a_copy / "tokenizer.pt")
+    checkpoint["ema"]["queries"] += 1
+    torch.save(checkpoint, a_copy / "tokenizer.pt")
+    line = error_of(capsys, evaluate, a_copy, "truncation --num 8")
+    assert "learned the codes of another tokenizer" in line
+
+
+def test_metadata_that_is_broken_is_left_out(tmp_path):
+    """The pixels are whole, yet such files counted as broken and stopped small data sets."""
+    for name, text, packed in (("exif", "\nexif\n 8\n0008000201120003\n", False),
+                               ("text", "y" * 2_000_000, True)):
+        info = PngImagePlugin.PngInfo()
+        info.add_text("Raw profile type exif" if name == "exif" else "workflow", text, zip=packed)
+        Image.new("RGB", (S, S), (200, 0, 0)).save(tmp_path / "image.png", pnginfo=info)
+        pixels = train_tokenizer.decode_image(tmp_path / "image.png", S)
+        assert pixels.shape == (S, S, 3) and (pixels == (200, 0, 0)).all()
 
 
 def test_folder_with_train_and_val_must_agree(tmp_path):

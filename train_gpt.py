@@ -21,14 +21,15 @@ from dataclasses import asdict, dataclass
 from itertools import count
 from pathlib import Path
 
+from spectralar import (GPT, FailedRun, GPTConfig, SpectralTokenizer, TokenizerConfig, UserError,
+                        build_model, code_fingerprint, load_tokenizer, read_checkpoint, setting,
+                        wrap64)
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from spectralar import (GPT, FailedRun, GPTConfig, SpectralTokenizer, TokenizerConfig, UserError,
-                        build_model, code_fingerprint, load_tokenizer, read_checkpoint, setting,
-                        wrap64)
 from train_tokenizer import (Folder, add_mean, add_run_flags, add_settings, ahead, autocast,
                              barrier, base_parser, batch_indices, choose_dtype, config_from_flags,
                              gradient_sync, join_ranks, make_optimizer, micro_rows, open_data,

@@ -39,6 +39,11 @@ from functools import lru_cache, partial
 from itertools import chain, count, repeat
 from pathlib import Path
 
+from spectralar import (Block, FailedRun, SpectralTokenizer, TokenizerConfig, UserError,
+                        check_setting, load_tokenizer, load_weights, low_pass, nested_loss,
+                        out_of_memory, read_checkpoint, read_config, read_weights, sample_levels,
+                        save_checkpoint, setting, sub_images, uniforms, wrap64)
+
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -49,11 +54,6 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint as recompute_in_backward
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
-
-from spectralar import (Block, FailedRun, SpectralTokenizer, TokenizerConfig, UserError,
-                        check_setting, load_tokenizer, load_weights, low_pass, nested_loss,
-                        out_of_memory, read_checkpoint, read_config, read_weights, sample_levels,
-                        save_checkpoint, setting, sub_images, uniforms, wrap64)
 
 # -------------------------------------------------------------------------------------------------
 # settings: each field is a flag (a default, the text of -h, the values allowed)
@@ -463,7 +463,9 @@ def count_flops(compute_loss, micro_batch, parts):
     A separate pass whose gradients are thrown away. Counting inside the step would change the last
     bits of its gradients, and end up in compiled code.
     """
-    with FlopCounterMode(display=False) as counter:
+    compiled = any(module._compiled_call_impl for module in parts["model"].modules())
+    eager = torch.compiler.set_stance("force_eager") if compiled else nullcontext()
+    with eager, FlopCounterMode(display=False) as counter:
         compute_loss(micro_batch).backward()
     for part in parts.values():
         part.zero_grad()
@@ -889,7 +891,10 @@ def micro_rows(micro, job):
 def wrap_model(model, args, job):
     """The model as a step calls it: compiled if asked, gradients averaged over the processes."""
     if args.compile:
-        model = torch.compile(model)
+        # Block by block: they are all the same, so that one is compiled instead of a whole model.
+        for module in model.modules():
+            if isinstance(module, Block):
+                module.compile()
     if job.ranks > 1:
         # Buffers need no broadcast, because every process computes the same ones.
         model = DistributedDataParallel(model, broadcast_buffers=False)
