@@ -139,6 +139,7 @@ def upscale(gpt, tokenizer, names, args, job):
     labels = labels_in_turn(num, classes)
     images = sample_images(gpt, tokenizer, labels, levels, args, job, codes[:, :k])
 
+    # One picture per level: the frames of the animation, the last one is the still picture.
     pictures = []
     for g, level in enumerate(levels):
         rows = [torch.cat([image, preview, variations])
@@ -157,6 +158,7 @@ def sample_images(gpt, tokenizer, labels, levels, args, job, prefix=None):
 
     prefix (1, k): codes that all images keep.
     """
+    # Codes are drawn once, and decoded at every level: a preview costs no sampling.
     images = []
     for chosen in tqdm(torch.arange(len(labels)).split(args.batch_size), desc="sampling",
                        disable=None):
@@ -217,10 +219,12 @@ def write_npz(gpt, tokenizer, classes, args, job):
     total = sum(len(rows) for rows in todo) * job.ranks
     with tqdm(total=total, unit=" img", disable=True if job.rank else None) as bar:
         for rows in todo:
+            # A batch that was half written is drawn again: the same seeds give the same images.
             codes = draw_codes(gpt, labels[rows], rows.start, N, args, job)
             images = decode_levels(tokenizer, codes, [N], args.batch_size)[:, 0]
             write_records(file, rows, labels[rows], image=images.permute(0, 2, 3, 1))
             bar.update(len(rows) * job.ranks)
+    # Only when every process has drawn its share is the file whole.
     file.flush()
     barrier()
     if job.rank == 0:

@@ -60,9 +60,10 @@ class GeneratorSettings:
 def parse_args(argv=None):
     parser, preset = base_parser(__doc__, argv)
     preset = preset["gpt"]
-    add_settings(parser, GPTConfig, preset, without=("num_classes", "num_tokens", "codebook_size"))
-    add_settings(parser, GeneratorSettings, preset)
-    add_settings(parser, TrainingSettings, preset)
+    add_settings(parser, "model", GPTConfig, preset,
+                 without=("num_classes", "num_tokens", "codebook_size"))
+    add_settings(parser, "codes and samples", GeneratorSettings, preset)
+    add_settings(parser, "training", TrainingSettings, preset)
     add_run_flags(parser)
     parser.add_argument("--views", choices=VIEWS, default=preset["views"],
                         help="of each training image. centre: ADM's crop; flip: also its mirror "
@@ -76,7 +77,7 @@ def parse_args(argv=None):
 # -------------------------------------------------------------------------------------------------
 # one training step
 
-def training_step(step, batch, parts, wrapped, args, job):
+def generator_step(step, batch, parts, wrapped, args, job):
     """Cross-entropy of one batch, gradients and updates; returns {term: value} for the log.
 
     batch: this process's micro-batches of codes (b, N) and labels (b,).
@@ -84,6 +85,7 @@ def training_step(step, batch, parts, wrapped, args, job):
     seed_step(args.seed, step)
     terms = {}
     for micro, (codes, labels) in enumerate(batch):
+        # Gradients of all passes add up. Dividing by their number gives the mean of the batch.
         with gradient_sync(wrapped, micro, job):
             losses = generator_losses(wrapped, codes.to(job.device), labels.to(job.device), job)
             (losses["loss"] / job.passes).backward()
@@ -124,7 +126,7 @@ def main(args):
     batches = code_batches(codes, len(train.class_names), args, job, start)
 
     def take_step(step, batch):
-        return training_step(step, batch, parts, wrapped, args, job)
+        return generator_step(step, batch, parts, wrapped, args, job)
 
     def compute_loss(micro_batch):
         codes, labels = micro_batch
@@ -204,6 +206,7 @@ def code_batches(data, num_classes, args, job, start):
         dropped = torch.rand(args.batch_size, generator=generator) < args.label_drop
         batch = []
         for micro in range(job.passes):
+            # Drawn for the whole batch above, so that each process only takes its own rows.
             rows = micro_rows(micro, job)
             records = data[index[rows].numpy()]                  # read from the disk or its cache
             codes = records["codes"][np.arange(len(records)), view[rows]]
@@ -225,6 +228,7 @@ def held_out_bits(model, codes, labels, job):
         chunk = chunk.to(job.device)
         with autocast(job):
             logits = model(chunk, label.to(job.device)).float()                 # (n, N, K)
+        # Position by position: the first tokens are the hardest to predict.
         nats = F.cross_entropy(logits.flatten(0, 1), chunk.flatten(), reduction="none")
         bits.append(nats.view_as(chunk) / math.log(2))
         hits.append((logits.argmax(-1) == chunk).float())
@@ -305,6 +309,7 @@ def encode_split(path, tokenizer, data, number, views, job):
         todo = unfinished(file, 64, job)
         bar = tqdm(todo, desc=f"encoding {number:,} images", disable=True if job.rank else None)
         for rows, batches in zip(bar, ahead(read_views, todo)):
+            # The views of an image: each crop, and its mirror image right after it.
             codes = []
             for images, labels in batches:
                 images = to_float(images.to(job.device))

@@ -119,9 +119,9 @@ PRESETS = {
 
 def parse_args(argv=None):
     parser, preset = base_parser(__doc__, argv, follow=False)
-    add_settings(parser, TokenizerConfig, preset)
-    add_settings(parser, TokenizerSettings, preset)
-    add_settings(parser, TrainingSettings, preset)
+    add_settings(parser, "model", TokenizerConfig, preset)
+    add_settings(parser, "losses and evaluation", TokenizerSettings, preset)
+    add_settings(parser, "training", TrainingSettings, preset)
     add_run_flags(parser)
     parser.add_argument("--vgg", metavar="FILE",
                         help="weights of VGG16 (default: downloaded once, 528 MB)")
@@ -150,6 +150,7 @@ def training_step(step, batch, parts, wrapped, perceptual, args, job):
     levels = sample_levels(args.batch_size, config.num_tokens,
                            full_only=config.flat or args.finetune_decoder)
 
+    # Passes of a micro-batch each: their gradients add up to those of the whole batch.
     vectors, codes, logits, terms = [], [], [], {}
     for micro, images in enumerate(batch):
         images = to_float(images.to(job.device, non_blocking=True))
@@ -180,6 +181,7 @@ def training_step(step, batch, parts, wrapped, perceptual, args, job):
 
     terms["norm"] = optimizer_step(model, parts["optimizer"], step, args)
     if discriminator:
+        # LeCAM needs the running means of the logits, over all passes and processes.
         optimizer_step(discriminator, parts["discriminator_optimizer"], step, args)
         logits = torch.stack(logits).mean(0)
         all_sum(logits, job.device)
@@ -203,6 +205,7 @@ def tokenizer_losses(model, images, levels, edges, perceptual, discriminator, ar
     with autocast(job):
         recon, vq_loss, z, codes = model(images, levels)
         targets = sub_images(images, levels, edges)
+        # Each level against its own sub-image: this is what orders the tokens.
         losses = dict(rec=nested_loss(recon, targets))
         loss = losses["rec"]
         if perceptual:
@@ -211,6 +214,7 @@ def tokenizer_losses(model, images, levels, edges, perceptual, discriminator, ar
         losses["vq"] = vq_loss
         loss = loss + vq_loss
         if discriminator:
+            # Only full reconstructions can look real; a blurred level could not.
             losses["gan"] = -discriminator(recon[:, 0]).mean()
             loss = loss + args.gan * losses["gan"]
     return dict(loss=loss, **losses), recon[:, 0].detach(), z.detach(), codes
@@ -440,9 +444,10 @@ def training_loop(kind, parts, start, batches, take_step, compute_loss, evaluate
         if last:
             break
 
-        asked = time.perf_counter()
+        # The log tells how long a step waits for its batch: more --workers may help.
+        before = time.perf_counter()
         batch = next(batches)
-        waited = time.perf_counter() - asked
+        waited = time.perf_counter() - before
         if step == start:
             log.flops_per_image = count_flops(compute_loss, batch[0], parts) / job.micro_batch
             log.reset()
@@ -1061,9 +1066,9 @@ def preset_of(args):
     return PRESETS.get(args.preset or args.data, PRESETS["cifar"])
 
 
-def add_settings(parser, settings, preset, without=()):
+def add_settings(parser, title, settings, preset, without=()):
     """One flag per field of a dataclass (see setting); the preset may change the default."""
-    add = parser.add_argument_group(settings.__name__).add_argument
+    add = parser.add_argument_group(title).add_argument
     for f in fields(settings):
         how = dict(type=f.type)
         if f.type is bool:
