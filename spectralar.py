@@ -727,20 +727,20 @@ def sample_from_logits(logits, uniform, temperature=1.0, top_k=0, top_p=1.0):
         return logits.argmax(-1)
     logits = logits.double() / temperature
     logits, order = logits.sort(dim=-1, descending=True, stable=True)
-    p = logits.softmax(-1)
+    probs = logits.softmax(-1)
     if top_k:
-        p[:, top_k:] = 0
-    p = p / p.sum(-1, keepdim=True)
+        probs[:, top_k:] = 0
+    probs = probs / probs.sum(-1, keepdim=True)
     if top_p < 1:
         # Drop a code when those before it reach top_p already. The likeliest one always stays.
-        p[p.cumsum(-1) - p >= top_p] = 0
+        probs[probs.cumsum(-1) - probs >= top_p] = 0
 
     # The code where the cumulative probability passes the random number. Rounding must not lead
     # past the last code that is allowed.
-    cumulative = p.cumsum(-1)
+    cumulative = probs.cumsum(-1)
     threshold = uniform[:, None] * cumulative[:, -1:]
     rank = torch.searchsorted(cumulative, threshold, right=True)
-    last_allowed = (p > 0).sum(-1, keepdim=True) - 1
+    last_allowed = (probs > 0).sum(-1, keepdim=True) - 1
     return order.gather(1, rank.clamp(max=last_allowed))[:, 0]
 
 
@@ -757,10 +757,10 @@ def save_checkpoint(path, kind, **content):
     try:
         torch.save(dict(format=FORMATS[kind], kind=kind, **content), temporary)
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as e:
+    except (OSError, RuntimeError) as error:
         if os.path.exists(temporary):
             os.remove(temporary)
-        raise FailedRun(f"cannot write {path} ({str(e).splitlines()[0]}): an older one, if "
+        raise FailedRun(f"cannot write {path} ({str(error).splitlines()[0]}): an older one, if "
                         f"any, is intact; free disk space, then --resume") from None
 
 
@@ -772,10 +772,10 @@ def read_weights(path, what, mmap=False):
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except (RuntimeError, EOFError, OSError, AttributeError, KeyError, TypeError, ValueError,
-            pickle.UnpicklingError) as e:
-        if out_of_memory(e):
+            pickle.UnpicklingError) as error:
+        if out_of_memory(error):
             raise
-        reason = (str(e).strip() or type(e).__name__).splitlines()[0][:100]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:100]
         raise UserError(f"{path} is not a whole {what} ({reason}): it is truncated, or another "
                         f"program wrote it") from None
 
