@@ -89,7 +89,7 @@ def parse_args(argv=None):
     if args.command == "reconstruction" and args.tokenizer:
         parser.error("--tokenizer is of generation: name the folder of that tokenizer by --out")
 
-    # Defaults that depend on other flags. From here on, args is only read.
+    # Defaults that depend on other flags. After this function, args is only read.
     small_images = measures_run and args.data in ("shapes", *CIFAR)
     args.features = args.features or ("classifier" if small_images else "inception")
     if args.lpips is None:

@@ -2246,6 +2246,17 @@ def test_codes_belong_to_their_images_and_classes(tmp_path, capsys):
     line = error_of(capsys, train_gpt, tmp_path / "out", "--code-images 50")
     assert "codes.json tells of data" in line
 
+    # The same classes and names of files, but each class holds the other's pictures.
+    (data / "zblue").rename(data / "blue")
+    for file in (data / "blue").iterdir():
+        Image.open(file).resize((200, 240)).save(file)
+    call(train_gpt, tmp_path / "out", "--code-images 50 --overwrite")
+    for old, new in (("blue", "kept"), ("red", "blue"), ("kept", "red")):
+        (data / old).rename(data / new)
+    (tmp_path / "out" / "gpt.pt").unlink()
+    line = error_of(capsys, train_gpt, tmp_path / "out", "--code-images 50")
+    assert "codes.json tells of data" in line
+
 
 def test_scripts_know_the_data_set_of_a_run(tmp_path, capsys):
     """Without --data they took the built-in shapes, whatever the run had learned."""

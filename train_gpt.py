@@ -157,7 +157,8 @@ def find_tokenizer(args):
     """The tokenizer in --out. A dry run without one takes the preset's: its sizes are enough."""
     path = args.out / "tokenizer.pt"
     if args.dry_run and not path.exists():
-        sizes = {name: preset_of(args)[name] for name in asdict(TokenizerConfig())}
+        preset = preset_of(args.preset or args.data)
+        sizes = {name: preset[name] for name in asdict(TokenizerConfig())}
         return SpectralTokenizer(TokenizerConfig(**sizes))
     return load_tokenizer(path, args.device)
 
@@ -335,7 +336,8 @@ RECORDS_FORMAT = 3              # raised when new code would misread an old file
 
 
 def claim_files(note, made_with, files, args, job):
-    """Write a note of what files are made with. Those of another note go, by --overwrite alone."""
+    """Note what files are made with. Files made with something else are an error; --overwrite
+    deletes them. Those of an older version of this program are made anew."""
     if job.rank == 0:
         made_with = dict(made_with, format=RECORDS_FORMAT)
         files = [Path(f"{file}{end}") for file in files for end in ("", ".part")]

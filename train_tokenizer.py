@@ -1048,7 +1048,7 @@ def base_parser(doc, argv, follow=True):
         saved = {name: flags[name] for name in ("data", "data_dir", "preset") if name in flags}
         parser.set_defaults(**saved)
     name = given["preset"] or given["data"] or saved.get("preset") or saved.get("data", "shapes")
-    return parser, PRESETS.get(name, PRESETS["cifar"])
+    return parser, preset_of(name)
 
 
 def saved_flags(out):
@@ -1061,9 +1061,9 @@ def saved_flags(out):
     return {}
 
 
-def preset_of(args):
-    """The preset that --preset names, or else --data."""
-    return PRESETS.get(args.preset or args.data, PRESETS["cifar"])
+def preset_of(name):
+    """The preset of that name, or of that --data: CIFAR-10 and folders take "cifar"."""
+    return PRESETS.get(name, PRESETS["cifar"])
 
 
 def add_settings(parser, title, settings, preset, without=()):
@@ -1120,7 +1120,8 @@ def parse_training_args(parser, argv, kind, settings):
     try:
         if args.resume and path.exists():
             saved = read_checkpoint(path, kind, mmap=True)["args"]
-            own = {"resume", "overwrite", "dry_run", "out", "device", "workers"}     # not saved
+            # These belong to this call and this machine, never to the saved run.
+            own = {"resume", "overwrite", "dry_run", "out", "device", "workers"}
             if saved["device"][:4] != args.device[:4]:           # another machine: choose anew
                 own.add("dtype")
             saved = {k: v for k, v in saved.items() if k in vars(args).keys() - own}
@@ -1490,10 +1491,13 @@ def images_below(folder):
     files, seen = [], set()
     for where, folders, names in os.walk(folder, followlinks=True):
         # A link may lead to a folder that was seen already, even to one above it.
-        folders[:] = visible(folders) if os.path.realpath(where) not in seen else []
-        if os.path.realpath(where) not in seen:
-            files += [os.path.join(where, name) for name in image_names(names)]
-        seen.add(os.path.realpath(where))
+        place = os.path.realpath(where)
+        if place in seen:
+            folders.clear()
+            continue
+        seen.add(place)
+        folders[:] = visible(folders)
+        files += [os.path.join(where, name) for name in image_names(names)]
     return sorted(files)
 
 
