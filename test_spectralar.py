@@ -36,6 +36,7 @@ import urllib.request
 import weakref
 import zlib
 from argparse import Namespace
+from code import InteractiveConsole
 from dataclasses import fields, make_dataclass
 from pathlib import Path
 
@@ -3762,3 +3763,60 @@ def test_readme_and_docs_name_tests_that_exist():
     assert len(named) >= 5
     for name in named:
         assert f"def {name}(" in own, f"{name} is not a test of test_spectralar.py"
+
+
+# -------------------------------------------------------------------------------------------------
+# docs/tour.md: what a reader types, and what comes back
+
+class Prompt(InteractiveConsole):
+    """A python prompt in which an error is raised, not printed."""
+
+    def showtraceback(self):
+        raise
+
+    def showsyntaxerror(self, *_, **__):
+        raise
+
+    def typed(self, block, capsys):
+        """What appears while a block of code and an empty line are typed, line by line."""
+        capsys.readouterr()
+        for line in [*block.splitlines(), ""]:
+            unfinished = self.push(line)
+        assert not unfinished, block
+        return capsys.readouterr().out
+
+
+def tour_parts():
+    """[(code, what it prints)]: the imports, the stops without training, then the other stops."""
+    text = documents()["docs/tour.md"]
+    pairs = re.findall(r"^```python\n(.*?)^```\n(?:```text\n(.*?)^```)?", text, re.M | re.S)
+    first = next(i for i, (code, _) in enumerate(pairs) if "out/shapes/gpt.pt" in code)
+    return pairs[:1], pairs[1:first], pairs[first:]
+
+
+def test_tour_prints_what_it_says(capsys):
+    """A line that follows a loop without an empty line, or a result that only a prompt shows, is
+    found because the lines are typed."""
+    imports, untrained, _ = tour_parts()
+    assert len(untrained) >= 6
+    prompt = Prompt()
+    for block, printed in imports + untrained:
+        assert prompt.typed(block, capsys) == printed
+
+
+def test_tour_runs_with_any_checkpoint(tmp_path, monkeypatch, capsys):
+    """A tiny generator prints other numbers, but as many lines. It has other sizes than the
+    preset, and these stops need no name of the stops before them."""
+    gpt, tokenizer = tiny_gpt(), tiny_tokenizer()
+    carried = dict(config=vars(tokenizer.config), model=tokenizer.state_dict())
+    (tmp_path / "out/shapes").mkdir(parents=True)
+    save_checkpoint(tmp_path / "out/shapes/gpt.pt", "gpt", config=vars(gpt.config),
+                    model=gpt.state_dict(), tokenizer=carried, class_names=list(SHAPES))
+    monkeypatch.chdir(tmp_path)
+    imports, _, trained = tour_parts()
+    assert len(trained) >= 4
+    prompt = Prompt()
+    with torch.enable_grad():                       # puts the mode back that the tour changes
+        for block, printed in imports + trained:
+            found = prompt.typed(block, capsys)
+            assert len(found.splitlines()) == len(printed.splitlines()), found
