@@ -648,7 +648,8 @@ class GPT(nn.Module):
         """
         c = self.config
         shape = (2, rows, c.heads, c.num_tokens, c.width // c.heads)
-        return [torch.empty(shape, dtype=dtype, device=self.pos.device) for _ in self.blocks]
+        device = self.code_embed.weight.device
+        return [torch.empty(shape, dtype=dtype, device=device) for _ in self.blocks]
 
     @torch.no_grad()
     def generate(self, labels, cfg=1.0, cfg_schedule="constant", temperature=1.0, top_k=0,

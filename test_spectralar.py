@@ -3820,3 +3820,67 @@ def test_tour_runs_with_any_checkpoint(tmp_path, monkeypatch, capsys):
         for block, printed in imports + trained:
             found = prompt.typed(block, capsys)
             assert len(found.splitlines()) == len(printed.splitlines()), found
+
+
+# docs/forks.md: the diffs
+
+def forks():
+    """[(title, the diff with the text around it, stated size)] of docs/forks.md."""
+    sections = documents()["docs/forks.md"].split("\n## ")[1:]
+    found = []
+    for section in sections:
+        size = re.search(r"\*\*Size:\*\* (\d+) changed lines in ", section)
+        found.append((section.splitlines()[0], section, int(size[1])))
+    return found
+
+
+def apply_fork(section, folder):
+    """Apply a diff to a copy of the scripts in a new folder: outside of any repository."""
+    folder.mkdir()
+    for file in ["spectralar.py", *SCRIPTS]:
+        shutil.copy(ROOT / file, folder)
+    alone = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+    alone["GIT_CEILING_DIRECTORIES"] = str(folder.resolve().parent)
+    for flags in (["--check"], []):
+        done = subprocess.run(["git", "apply", *flags], input=section, cwd=folder, env=alone,
+                              capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    return folder
+
+
+HAS_GIT = pytest.mark.skipif(not shutil.which("git"), reason="git is not installed")
+
+
+@HAS_GIT
+def test_forks_apply_and_have_the_size_that_they_state(tmp_path):
+    table = re.findall(r"^\| \[(.*?)\]\(#.*?\) \| (\d+) \| (.*?) \|$",
+                       documents()["docs/forks.md"], re.M)
+    assert len(forks()) == len(table) >= 10
+    for (title, section, size), row in zip(forks(), table):
+        (diff,) = code_blocks(section, "diff")
+        files = re.findall(r"^\+\+\+ b/(.*)", diff, re.M)
+        lines = [line for line in diff.splitlines() if not line.startswith(("+++", "---"))]
+        changed = sum(line.startswith(("+", "-")) for line in lines)
+        assert (size, row) == (changed, (title, str(changed), ", ".join(files))), title
+
+        folder = apply_fork(section, tmp_path / title.split(".")[0])
+        for file in ["spectralar.py", *SCRIPTS]:
+            text = (folder / file).read_text()
+            ast.parse(text)
+            assert (text != (ROOT / file).read_text()) == (file in files), (title, file)
+
+
+@HAS_GIT
+def test_forks_train(tmp_path):
+    """The longest one, video, stands for all: two steps, and a GIF of all eight frames."""
+    section = next(section for title, section, _ in forks() if "Video" in title)
+    folder = apply_fork(section, tmp_path / "fork")
+    flags = f"{FLAGS[train_tokenizer]} --device cpu --dtype float32 --steps 2 --out out"
+    done = subprocess.run([sys.executable, "train_tokenizer.py", *flags.split()], cwd=folder,
+                          env=os.environ | dict(OMP_NUM_THREADS="1"), capture_output=True,
+                          text=True)
+    assert done.returncode == 0, done.stderr
+    with Image.open(folder / "out" / "recon.gif") as gif:
+        assert gif.n_frames == 8
+    with pytest.raises(UserError, match="this model needs"):
+        load_tokenizer(folder / "out" / "tokenizer.pt")

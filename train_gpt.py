@@ -242,7 +242,8 @@ def held_out_bits(model, codes, labels, job):
 @torch.no_grad()
 def draw_class_samples(path, gpt, tokenizer, class_names, cfg):
     """A grid of samples, a row for each of up to ten classes, from the same random numbers."""
-    classes = torch.arange(min(10, len(class_names)), device=gpt.pos.device)
+    device = gpt.code_embed.weight.device
+    classes = torch.arange(min(10, len(class_names)), device=device)
     labels = classes.repeat_interleave(8)
     codes = gpt.generate(labels, cfg=cfg, seeds=torch.arange(len(labels)))
     images = to_uint8(tokenizer.decode(codes))
