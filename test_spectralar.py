@@ -3822,6 +3822,7 @@ def test_tour_runs_with_any_checkpoint(tmp_path, monkeypatch, capsys):
             assert len(found.splitlines()) == len(printed.splitlines()), found
 
 
+# -------------------------------------------------------------------------------------------------
 # docs/forks.md: the diffs
 
 def forks():
