@@ -291,7 +291,6 @@ class VectorQuantizer(nn.Module):
     A code is lossy: the last token of the shapes preset brings 3 x 183 new coefficients, and its
     code says 9 bits about them. All is float32: in bfloat16 many vectors would get another code.
     """
-    commitment = 0.25          # weight of the loss that pulls the encoder towards its codes
     decay = 0.95               # of the running average `usage`
     dead = 0.05                # a code used less than this, relative to uniform use, is re-seeded
 
@@ -318,14 +317,16 @@ class VectorQuantizer(nn.Module):
     def forward(self, z):
         """Encoder outputs z (B, N, d) -> quantized unit vectors (B, N, d), codes (B, N), loss.
 
-        loss = |e - sg(z)|^2 + 0.25 |z - sg(e)|^2, as means over all entries; z is normalised here,
-        e is the vector of its code, sg stops the gradient. The first term moves the codebook, the
-        second one the encoder.
+        loss = |e - sg(z)|^2, a mean over all entries; z is normalised here, e is the vector of its
+        code, sg stops the gradient. So codes follow the outputs, and the encoder learns from the
+        reconstruction alone.
         """
         codes = self.nearest(z.detach())
         e = self.vectors(codes)
         z = F.normalize(z.float(), dim=-1)
-        loss = F.mse_loss(e, z.detach()) + self.commitment * F.mse_loss(z, e.detach())
+        # NOTE: VQ-VAE and TiTok also pull z towards its code, by 0.25 |z - sg(e)|^2. Unit vectors
+        # cannot run away, so nothing needs it. With it, outputs stay in 4 or 5 of their dimensions.
+        loss = F.mse_loss(e, z.detach())
         # Straight-through: the value is e; in the backward pass z gets the gradient of e.
         quantized = z + (e - z).detach()
         return quantized, codes, loss

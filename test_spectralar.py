@@ -549,8 +549,8 @@ def test_quantizer_finds_the_nearest_by_brute_force():
     assert torch.equal(codes, vq.nearest(z))
     assert torch.allclose(quantized.double(), table[codes], atol=1e-6)
     assert torch.allclose(vq.vectors(codes).double(), table[codes], atol=1e-6)
-    expected = (1 + vq.commitment) * (unit - table[codes]).square().mean()
-    assert vq.commitment == 0.25 and torch.allclose(loss.double(), expected, rtol=1e-5)
+    expected = (unit - table[codes]).square().mean()
+    assert torch.allclose(loss.double(), expected, rtol=1e-5)
 
 
 def test_quantizer_passes_the_gradient_straight_through():
@@ -564,19 +564,17 @@ def test_quantizer_passes_the_gradient_straight_through():
     assert vq.codebook.grad is None
 
 
-def test_quantizer_loss_moves_codes_and_encoder():
-    """The gradient of each term alone: 1 for the codes, 0.25 for the encoder."""
+def test_quantizer_loss_moves_codes_alone():
+    """A loss that pulls the encoder towards its codes kept one CIFAR-10 run in four dimensions."""
     vq = quantizer()
     z = noise(5, 3, 8).requires_grad_()
     _, codes, loss = vq(z)
     loss.backward()
-    unit = F.normalize(z.detach(), dim=-1).requires_grad_()
     table = vq.codebook.detach().clone().requires_grad_()
     e = F.normalize(table, dim=-1)[codes]
-    (unit - e).square().mean().backward()
+    (F.normalize(z.detach(), dim=-1) - e).square().mean().backward()
     assert torch.allclose(vq.codebook.grad, table.grad, atol=1e-7)
-    expected = torch.autograd.grad(F.normalize(z, dim=-1), z, 0.25 * unit.grad)[0]
-    assert torch.allclose(z.grad, expected, atol=1e-7)
+    assert z.grad is None or not z.grad.any()
 
 
 def test_quantizer_is_float32_under_autocast():
