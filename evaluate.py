@@ -428,7 +428,7 @@ def run_probe(args, job):
     runs = [load_probed_run(args.out, job)]
     if args.against:
         runs.append(load_probed_run(Path(args.against), job))
-    sizes = [(model.config.num_tokens, model.config.image_size) for model, _ in runs]
+    sizes = [(model.config.num_tokens, model.config.image_size) for _, model, _ in runs]
     N, S = sizes[0]
     n, s = sizes[-1]
     if (n, s) != (N, S):
@@ -467,21 +467,20 @@ def run_probe(args, job):
         save_charts(args.out / "probe.png", charts, "R2: a linear map predicts the token from "
                     "those before it, on held-out images. entropy: of the token's code alone. "
                     "bits: the GPT predicts the code from the class and the codes before")
-    more = dict(checkpoint=[fingerprint(tokenizer) for tokenizer, _ in runs],
+    more = dict(checkpoint=[fingerprint(tokenizer) for _, tokenizer, _ in runs],
                 against=args.against, counts=[len(chosen) for _, chosen in parts])
     return rows + [{"token": "mean"} | means], more
 
 
 def load_probed_run(folder, job):
-    """(tokenizer, GPT or None) of a run's folder; the tokenizer is the GPT's own."""
+    """(GPT or None, tokenizer, class names) of a run's folder; the tokenizer is the GPT's own."""
     if (folder / "gpt.pt").exists():
-        gpt, tokenizer, _ = load_generator(folder / "gpt.pt", job.device)
-        return tokenizer, gpt
-    return load_tokenizer(folder / "tokenizer.pt", job.device), None
+        return load_generator(folder / "gpt.pt", job.device)
+    return None, load_tokenizer(folder / "tokenizer.pt", job.device), None
 
 
 @torch.no_grad()
-def probe_codes(tokenizer, gpt, orders, parts, args, job):
+def probe_codes(gpt, tokenizer, class_names, orders, parts, args, job):
     """{column: values}: R2 of the code vectors by order, entropy of the codes, bits of the GPT."""
     codes, moments = [], []
     for data, chosen in parts:
@@ -496,7 +495,9 @@ def probe_codes(tokenizer, gpt, orders, parts, args, job):
         columns[name] = ridge_r2(moments, order, len(order))
     _, _, perplexities = codebook_use(torch.cat(codes[:2]), tokenizer.config.codebook_size)
     columns["entropy"] = [math.log2(perplexity) for perplexity in perplexities]
-    if gpt is not None:                             # the last labels are those held out
+    if class_names not in (None, parts[2][0].class_names):
+        print("the generator has learned other classes than those of --data: no bits of it")
+    elif gpt is not None:                           # the last labels are those held out
         columns["bits"] = held_out_bits(gpt, codes[2], labels, job)["bits_by_position"]
     return columns
 

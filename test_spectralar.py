@@ -3551,6 +3551,17 @@ def test_probe_reports_what_the_codes_hold(judged, tmp_path, capsys, monkeypatch
     assert "has 4 tokens of 16 px images" in line
 
 
+def test_probe_measures_no_generator_of_other_classes(judged, capsys, monkeypatch):
+    """The probe also takes data that the tokenizer has not learned from. Their labels mean other
+    classes, so the generator's bits on them would be a wrong number."""
+    monkeypatch.setattr(Shapes, "__len__", lambda self: 100)
+    monkeypatch.setattr(Shapes, "class_names", list("abcdefghij"))
+    call(evaluate, judged, "probe --num 50")
+    assert "learned other classes" in capsys.readouterr().out
+    mean = last_record(judged)["results"][-1]
+    assert "R2" in mean and "bits" not in mean
+
+
 def test_probe_leaves_out_patches_too_large_to_correlate(capsys, monkeypatch):
     """At 256 px their second moments would take 309 GB, which ended the command with no result;
     at 64 px it did not end within minutes."""
