@@ -495,10 +495,11 @@ def probe_codes(gpt, tokenizer, class_names, orders, parts, args, job):
         columns[name] = ridge_r2(moments, order, len(order))
     _, _, perplexities = codebook_use(torch.cat(codes[:2]), tokenizer.config.codebook_size)
     columns["entropy"] = [math.log2(perplexity) for perplexity in perplexities]
-    if class_names not in (None, parts[2][0].class_names):
+    # Of the parts, the last one is held out: data and labels are of it.
+    if class_names not in (None, data.class_names):
         print("the generator has learned other classes than those of --data, so its bits are left "
               "out")
-    elif gpt is not None:                           # the last labels are those held out
+    elif gpt is not None:
         columns["bits"] = held_out_bits(gpt, codes[2], labels, job)["bits_by_position"]
     return columns
 
