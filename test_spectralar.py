@@ -54,20 +54,20 @@ import spectralar
 import train_gpt
 import train_tokenizer
 from sample import sample_seeds
-from spectralar import (FORMATS, GPT, FailedRun, GPTConfig, SpectralTokenizer, TokenizerConfig,
-                        UserError, VectorQuantizer, attention, band_edges, causal_mask,
-                        code_fingerprint, dct2, dct_matrix, decoder_mask, encoder_mask,
-                        fingerprint, guidance_scale, idct2, in_window, largest_window,
-                        load_generator, load_gpt, load_tokenizer, low_pass, nested_loss,
-                        sample_from_logits, sample_levels, save_checkpoint, setting, sub_images,
-                        uniforms, wrap64)
+from spectralar import (FORMATS, GPT, Block, FailedRun, GPTConfig, SpectralTokenizer,
+                        TokenizerConfig, UserError, VectorQuantizer, attention, band_edges,
+                        causal_mask, code_fingerprint, dct2, dct_matrix, decoder_mask,
+                        encoder_mask, fingerprint, guidance_scale, idct2, in_window,
+                        largest_window, load_generator, load_gpt, load_tokenizer, low_pass,
+                        nested_loss, sample_from_logits, sample_levels, save_checkpoint, setting,
+                        sub_images, uniforms, wrap64)
 from train_tokenizer import (JUDGE, LPIPS, PRESETS, SHAPES, Cifar, Classifier, ClassifierDistance,
-                             Discriminator, Folder, Job, Log, Shapes, any_crop, batch_indices,
-                             center_crop, choose_dtype, codebook_use, download, effective_rank,
-                             hinge_loss, lecam_loss, load_classifier, lr_at, make_optimizer,
-                             matmul_speed, open_folder, optimizer_step, pick_images, psnr,
-                             recompute_blocks, run_script, spread_levels, to_float, to_uint8,
-                             update_ema, upright_rgb)
+                             Discriminator, Folder, Job, Log, Muon, Shapes, any_crop,
+                             batch_indices, center_crop, choose_dtype, codebook_use, download,
+                             effective_rank, hinge_loss, lecam_loss, load_classifier, lr_at,
+                             make_optimizers, matmul_speed, open_folder, optimizer_step,
+                             orthogonalize, pick_images, psnr, recompute_blocks, run_script,
+                             spread_levels, to_float, to_uint8, update_ema, upright_rgb)
 
 ROOT = Path(__file__).parent
 SCRIPTS = {"train_tokenizer.py": train_tokenizer, "train_gpt.py": train_gpt,
@@ -1428,31 +1428,73 @@ def test_ranks_and_passes_train_as_one_process_does(script, kind, a_copy, tmp_pa
 @pytest.mark.parametrize("kind", TINY)
 def test_optimizer_holds_every_parameter_once(kind):
     model = TINY[kind]()
-    args = Namespace(lr=1e-3, betas=(0.9, 0.99), weight_decay=0.1)
-    groups = make_optimizer(model, args, Job("cpu")).param_groups
-    held = [id(p) for group in groups for p in group["params"]]
-    assert len(held) == len(set(held))
-    assert set(held) == {id(p) for p in model.parameters()}
-    decayed = {id(p) for group in groups if group["weight_decay"] for p in group["params"]}
-    linear = (m for m in model.modules() if isinstance(m, torch.nn.Linear))
-    assert decayed == {id(m.weight) for m in linear}
+    linear = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Linear)}
+    blocks = (m for m in model.modules() if isinstance(m, Block))
+    hidden = {id(m.weight) for b in blocks for m in (b.attn.qkv, b.attn.proj, b.mlp[0], b.mlp[2])}
+    for muon in (True, False):
+        args = Namespace(lr=1e-3, betas=(0.9, 0.99), weight_decay=0.1, muon=muon)
+        optimizers = make_optimizers(model, args, Job("cpu"))
+        groups = [group for optimizer in optimizers.values() for group in optimizer.param_groups]
+        held = [id(p) for group in groups for p in group["params"]]
+        assert len(held) == len(set(held))
+        assert set(held) == {id(p) for p in model.parameters()}
+        decayed = {id(p) for group in groups if group["weight_decay"] for p in group["params"]}
+        assert decayed == linear
+        by_muon = {id(p) for group in groups if "momentum" in group for p in group["params"]}
+        assert by_muon == (hidden if muon else set())
+
+
+@pytest.mark.parametrize("shape", [(24, 8), (8, 24), (8, 8)])
+def test_muon_equals_torchs(shape):
+    """In bfloat16 ours does what torch.optim.Muon does, and in float32 nearly so."""
+    torch.manual_seed(0)
+    ours, exact, theirs = ([torch.nn.Parameter(torch.ones(shape)) for _ in range(3)]
+                           for _ in range(3))
+    optimizers = [
+        Muon(ours, lr=0.02, weight_decay=0.1, dtype=torch.bfloat16),
+        Muon(exact, lr=0.02, weight_decay=0.1),
+        torch.optim.Muon(theirs, lr=0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")]
+    for _ in range(4):
+        for same in zip(ours, exact, theirs):
+            gradient = torch.randn(shape)
+            for p in same:
+                p.grad = gradient.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    for a, b, c in zip(ours, exact, theirs):
+        assert (c - 1).abs().max() > 0.01
+        assert torch.allclose(a, c, rtol=0, atol=1e-6)
+        assert torch.allclose(b, c, rtol=0, atol=2e-3)
+
+
+def test_orthogonalize_keeps_directions_and_evens_out_their_lengths():
+    torch.manual_seed(0)
+    u, _, v = torch.linalg.svd(torch.randn(5, 12, 40), full_matrices=False)
+    lengths = torch.logspace(0, -2, 12)
+    x = orthogonalize(u * lengths @ v)
+    kept = u.mT @ x @ v.mT                              # in the basis of its singular vectors
+    diagonal = kept.diagonal(dim1=1, dim2=2)
+    assert 0.68 < diagonal.min() and diagonal.max() < 1.21
+    assert (kept - torch.diag_embed(diagonal)).abs().max() < 1e-3
+    assert not orthogonalize(torch.zeros(1, 3, 2)).any()
 
 
 def test_optimizer_step_clips_and_keeps_each_groups_own_rate():
     """A fork's group with an lr_scale keeps it: every group's rate was once overwritten."""
     a, b = (torch.nn.Parameter(torch.zeros(2)) for _ in range(2))
     model = torch.nn.ParameterList([a, b])
-    optimizer = torch.optim.SGD([dict(params=[a]), dict(params=[b], lr_scale=0.1)], lr=1.0)
+    optimizers = [torch.optim.SGD([dict(params=[a])], lr=1.0),
+                  torch.optim.SGD([dict(params=[b], lr_scale=0.1)], lr=1.0)]
     args = Namespace(lr=1.0, warmup=2, hold=1.0, steps=9, clip=1.0)
     (3 * a.sum() + 4 * b.sum()).backward()
-    norm = optimizer_step(model, optimizer, 0, args)
+    norm = optimizer_step(model, optimizers, 0, args)
     assert norm.item() == pytest.approx(50 ** 0.5)
     assert a.tolist() == pytest.approx([-0.5 * 3 / 50 ** 0.5] * 2, rel=1e-4)    # half the rate yet
     assert b.tolist() == pytest.approx([-0.05 * 4 / 50 ** 0.5] * 2, rel=1e-4)
     assert a.grad is None and b.grad is None
     args.clip = 0                                           # no clipping
     (3 * a.sum()).backward()
-    optimizer_step(model, optimizer, 1, args)
+    optimizer_step(model, optimizers, 1, args)
     assert a.tolist() == pytest.approx([-0.5 * 3 / 50 ** 0.5 - 3] * 2, rel=1e-4)
 
 
@@ -1749,8 +1791,9 @@ def test_discriminator_may_be_new_on_resume(a_copy):
 
 def as_format_2(path, folder, kind):
     """A copy of a checkpoint as the first versions of this code wrote it: the discriminator's
-    parts had another name, and the flags held what was worked out at the start."""
+    parts had another name, the flags held what was worked out at the start, Muon did not exist."""
     saved = read_saved(path)
+    assert not saved["args"].pop("muon") and "muon" not in saved
     saved["format"] = 2
     for part in ("discriminator", "discriminator_optimizer"):
         if part in saved:
@@ -1765,7 +1808,7 @@ def as_format_2(path, folder, kind):
 def test_checkpoints_of_format_2_load_and_resume(trained, tmp_path, capsys):
     """Runs of the first versions go on: from step 3 of 6, bit for bit as today's do."""
     whole, old = tmp_path / "whole", tmp_path / "old"
-    call(train_tokenizer, whole, "--gan 0.5 --save-every 3 --keep 9")
+    call(train_tokenizer, whole, "--no-muon --gan 0.5 --save-every 3 --keep 9")
     today = whole / "tokenizer-0000003.pt"
     path = as_format_2(today, old, "tokenizer")
     assert {"critic", "critic_optimizer"} <= read_saved(path).keys()
@@ -1774,7 +1817,7 @@ def test_checkpoints_of_format_2_load_and_resume(trained, tmp_path, capsys):
     assert_same(whole / "tokenizer.pt", path)
 
     shutil.copy(whole / "tokenizer.pt", old)
-    call(train_gpt, whole, "--save-every 3 --keep 9")
+    call(train_gpt, whole, "--no-muon --save-every 3 --keep 9")
     today = whole / "gpt-0000003.pt"
     path = as_format_2(today, old, "gpt")
     for mine, its in zip(load_generator(path)[:2], load_generator(today)[:2]):
@@ -1833,7 +1876,7 @@ def test_dry_run_plans_and_writes_nothing(script, kind, tmp_path, capsys):
     times = "0.1 x all 1,000,000" if kind == "tokenizer" else "1,000.0 x all 64"
     assert f"1,000, so 0.1 M images: {times}" in plan["steps"]
     assert "a step of 4 images" in plan["here"]
-    gflop, total = map(float, re.findall(r"([\d.e+-]+) G?FLOP", plan["compute"]))
+    gflop, total = map(float, re.findall(r"([\d.e+-]+) G?FLOP (?:per image|for)", plan["compute"]))
     assert total == pytest.approx(gflop * 1e9 * 64000, rel=0.01)
     if kind == "gpt":                                       # a dry run takes the preset's tokens
         assert plan["tokens"] == "16 per image, from 512 codes"
@@ -1844,10 +1887,17 @@ def test_dry_run_plans_and_writes_nothing(script, kind, tmp_path, capsys):
         assert plan["tokens"] == f"{N} per image, from {K} codes"
         model = tiny_tokenizer()
     # Weights, averages, gradients and Adam's two moments: five float32 numbers per parameter.
-    memory = 20 * sum(p.numel() for p in model.parameters())
+    # Muon has one moment: four numbers.
+    matrices = [m.weight for name, m in model.named_modules()
+                if isinstance(m, torch.nn.Linear) and (".attn." in name or ".mlp." in name)]
+    memory = 20 * sum(p.numel() for p in model.parameters()) - 4 * sum(m.numel() for m in matrices)
     assert float(plan["memory"].split()[0]) == pytest.approx(memory / 1e9, rel=0.01)
+    # Five passes of three products, of s x s and s x l numbers, for matrices of s x l, s <= l.
+    passes = sum(4 * s * s * l + 2 * s ** 3 for s, l in (sorted(m.shape) for m in matrices))
+    muon = float(re.search(r"Muon ([\d.e-]+) GFLOP per step", plan["compute"])[1])
+    assert muon == pytest.approx(5 * passes / 1e9, rel=1e-3)
     minutes = float(re.match(r"([\d.]+) min if each GPU reaches 1 TFLOP/s", plan["time"])[1])
-    assert minutes == pytest.approx(total / 2e12 / 60, abs=0.06)
+    assert minutes == pytest.approx((total / 2 + muon * 1e12) / 1e12 / 60, abs=0.06)
 
 
 @TRAINING

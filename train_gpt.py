@@ -32,11 +32,12 @@ from tqdm import tqdm
 
 from train_tokenizer import (Folder, add_mean, add_run_flags, add_settings, ahead, autocast,
                              barrier, base_parser, batch_indices, choose_dtype, config_from_flags,
-                             gradient_sync, join_ranks, make_optimizer, micro_rows, open_data,
-                             optimizer_step, parse_training_args, pick_images, preset_of,
-                             print_plan, recompute_blocks, restore, run_script, save_image_grid,
-                             seed_step, split_batch, start_folder, step_seed, to_float, to_uint8,
-                             training_loop, update_ema, wrap_model, TrainingSettings)
+                             gradient_sync, join_ranks, make_optimizers, micro_rows, open_data,
+                             optimizer_step, own_optimizers, parse_training_args, pick_images,
+                             preset_of, print_plan, recompute_blocks, restore, run_script,
+                             save_image_grid, seed_step, split_batch, start_folder, step_seed,
+                             to_float, to_uint8, training_loop, update_ema, wrap_model,
+                             TrainingSettings)
 
 # -------------------------------------------------------------------------------------------------
 # settings
@@ -69,8 +70,8 @@ def parse_args(argv=None):
                         help="of each training image. centre: ADM's crop; flip: also its mirror "
                              "image; ten-crop: five crops at 1.1 times the size, and theirs")
     parser.add_argument("--zero", action=argparse.BooleanOptionalAction, default=False,
-                        help="share Adam's moments among the GPUs (ZeroRedundancyOptimizer), for "
-                             "1 B parameters and up")
+                        help="share the optimizers' state among the GPUs "
+                             "(ZeroRedundancyOptimizer), for 1 B parameters and up")
     return parse_training_args(parser, argv, "gpt", GeneratorSettings)
 
 
@@ -90,7 +91,7 @@ def generator_step(step, batch, parts, wrapped, args, job):
             losses = generator_losses(wrapped, codes.to(job.device), labels.to(job.device), job)
             (losses["loss"] / job.passes).backward()
         add_mean(terms, losses, job.passes)
-    terms["norm"] = optimizer_step(parts["model"], parts["optimizer"], step, args)
+    terms["norm"] = optimizer_step(parts["model"], own_optimizers(parts), step, args)
     update_ema(parts["ema"], parts["model"], args.ema, step)
     return terms
 
@@ -114,11 +115,11 @@ def main(args):
     start_folder(path, args)
     tokenizer = find_tokenizer(args)
     train, val = open_data(args, tokenizer.config.image_size, job)
+    choose_dtype(args, job)
     parts = build_generator_parts(tokenizer.config, len(train.class_names), args, job)
     if args.resume:
         check_learned_codes(path, tokenizer, train.class_names, args)
     start = restore(path, "gpt", parts, args) if args.resume else 0
-    choose_dtype(args, job)
     codes, val_codes, val_labels = cached_codes(tokenizer, train, val, args, job)
     print(f"{len(codes):,} images in {codes['codes'].shape[1]} views, {len(train.class_names)} "
           f"classes")
@@ -144,7 +145,7 @@ def main(args):
 
     if args.dry_run:
         images = min(args.code_images or len(train), len(train))
-        return print_plan(take_step, next(batches), parts["model"], images, args, job)
+        return print_plan(take_step, next(batches), parts, images, args, job)
     carried = dict(class_names=train.class_names,
                    tokenizer=dict(config=asdict(tokenizer.config), model=tokenizer.state_dict(),
                                   fingerprint=code_fingerprint(tokenizer)))
@@ -185,8 +186,7 @@ def build_generator_parts(tokenizer_config, num_classes, args, job):
                                codebook_size=tokenizer_config.codebook_size)
     torch.manual_seed(wrap64(args.seed))
     model = GPT(config).to(job.device)
-    parts = dict(model=model, ema=copy.deepcopy(model).eval(),
-                 optimizer=make_optimizer(model, args, job))
+    parts = dict(model=model, ema=copy.deepcopy(model).eval(), **make_optimizers(model, args, job))
     if args.grad_checkpoint:
         recompute_blocks(model)
     return parts

@@ -61,9 +61,11 @@ from tqdm import tqdm
 @dataclass
 class TrainingSettings:
     """Of both training scripts. The defaults are the tokenizer's, for shapes."""
-    steps: int = setting(2800, "optimizer steps")
+    steps: int = setting(1200, "optimizer steps")
     batch_size: int = setting(16, "images per step, over all GPUs")
-    lr: float = setting(2e-3, "peak learning rate of AdamW", least=0)
+    muon: bool = setting(True, "Muon for the matrices of the blocks, AdamW for all else "
+                               "(which alone wants about a quarter of the --lr)")
+    lr: float = setting(4e-3, "peak learning rate", least=0)
     betas: tuple = setting((0.9, 0.99), "of AdamW", least=0, most=0.999999)
     weight_decay: float = setting(1e-4, "of matrices; nothing else decays", least=0)
     warmup: int = setting(100, "steps of linear warm-up", least=0)
@@ -71,7 +73,7 @@ class TrainingSettings:
                           least=0, most=1)
     clip: float = setting(1.0, "largest gradient norm; 0 = no clipping", least=0)
     ema: float = setting(0.995, "decay of the averaged weights, which are evaluated", 0, 1)
-    eval_every: int = setting(1400, "steps between evaluations with pictures")
+    eval_every: int = setting(600, "steps between evaluations with pictures")
 
 
 @dataclass
@@ -92,8 +94,8 @@ class TokenizerSettings:
 BASE = {f.name: f.default for settings in (TokenizerConfig, TokenizerSettings, TrainingSettings)
         for f in fields(settings)}
 BASE_GPT = {f.name: f.default for f in fields(TrainingSettings)} | dict(
-    width=192, depth=4, heads=6, steps=1000, batch_size=64, lr=1e-3, betas=(0.9, 0.95),
-    weight_decay=0.05, hold=0.5, clip=2.0, ema=0.99, eval_every=500, views="flip")
+    width=192, depth=4, heads=6, steps=600, batch_size=64, betas=(0.9, 0.95),
+    weight_decay=0.05, hold=0.5, clip=2.0, ema=0.99, eval_every=300, views="flip")
 
 PRESETS = {
     # minutes on a laptop CPU; with patches of 8 instead of 4 a step takes about half the time
@@ -101,18 +103,18 @@ PRESETS = {
 
     # an hour on one CPU core, half of it for the generator; folders take it, too
     "cifar": BASE | dict(
-        num_tokens=64, codebook_size=1024, width=192, heads=6, power=0.5, steps=4500, lr=1e-3,
-        warmup=200, perceptual=0.2, perceptual_start=2500, perceptual_net="classifier", gan=0.02,
-        gan_start=2500, eval_every=500,
-        gpt=BASE_GPT | dict(width=256, depth=6, heads=8, steps=2200, warmup=200, ema=0.995)),
+        num_tokens=64, codebook_size=1024, width=192, heads=6, power=0.5, steps=4000, warmup=200,
+        perceptual=0.2, perceptual_start=2000, perceptual_net="classifier", eval_every=500,
+        gpt=BASE_GPT | dict(width=256, depth=6, heads=8, steps=2000, warmup=200, ema=0.995,
+                            eval_every=500)),
 
     # the paper's size: ViT-B encoder and decoder, d16 generator (width 64 x depth, heads = depth)
     "imagenet": BASE | dict(
         image_size=256, patch_size=16, num_tokens=64, codebook_size=4096, width=768, depth=12,
-        heads=12, steps=1_000_000, batch_size=256, lr=1e-4, warmup=10_000, ema=0.999,
+        heads=12, steps=1_000_000, batch_size=256, muon=False, lr=1e-4, warmup=10_000, ema=0.999,
         perceptual=1.0, gan=0.1, gan_start=200_000, eval_every=5000,
         gpt=BASE_GPT | dict(width=None, depth=16, heads=None, steps=333_600, batch_size=768,
-                            lr=3e-4, warmup=6672, ema=0.9999, eval_every=5000,
+                            muon=False, lr=3e-4, warmup=6672, ema=0.9999, eval_every=5000,
                             views="ten-crop")),
 }
 
@@ -179,10 +181,10 @@ def training_step(step, batch, parts, wrapped, perceptual, args, job):
             logits.append(logit)
             add_mean(terms, losses, job.passes)
 
-    terms["norm"] = optimizer_step(model, parts["optimizer"], step, args)
+    terms["norm"] = optimizer_step(model, own_optimizers(parts), step, args)
     if discriminator:
         # LeCAM needs the running means of the logits, over all passes and processes.
-        optimizer_step(discriminator, parts["discriminator_optimizer"], step, args)
+        optimizer_step(discriminator, [parts["discriminator_optimizer"]], step, args)
         logits = torch.stack(logits).mean(0)
         all_sum(logits, job.device)
         discriminator.logit_means.lerp_(logits / job.ranks, 0.001)
@@ -238,10 +240,10 @@ def main(args):
     config, source = choose_config(args, path)
     start_folder(path, args)
     train, val = open_data(args, config.image_size, job)
+    choose_dtype(args, job)
     parts = build_tokenizer_parts(config, source, args, job)
     start = restore(path, "tokenizer", parts, args) if args.resume else 0
     perceptual = load_perceptual(train, val, config.image_size, args, job)
-    choose_dtype(args, job)
     print(f"{len(train):,} training and {len(val):,} held-out images, "
           f"{len(train.class_names)} classes")
     wrapped = {name: wrap_model(parts[name], args, job)
@@ -264,7 +266,7 @@ def main(args):
         return evaluate_tokenizer(parts["ema"], val, args, job)
 
     if args.dry_run:
-        return print_plan(take_step, next(batches), parts["model"], len(train), args, job)
+        return print_plan(take_step, next(batches), parts, len(train), args, job)
     training_loop("tokenizer", parts, start, batches, take_step, compute_loss, evaluate, args, job)
     print(f"saved {path}, {args.out / 'recon.png'}")
 
@@ -288,13 +290,14 @@ def build_tokenizer_parts(config, source, args, job):
         model.load_state_dict(source.state_dict())
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name.split(".")[0] in model.decoder_parts)
-    parts = dict(model=model, ema=copy.deepcopy(model).eval(),
-                 optimizer=make_optimizer(model, args, job))
+    parts = dict(model=model, ema=copy.deepcopy(model).eval(), **make_optimizers(model, args, job))
     if args.gan:
         discriminator = Discriminator().to(job.device, memory_format=torch.channels_last)
         parts["discriminator"] = discriminator
+        # AdamW trains all of it, and takes a quarter of the rate that suits Muon.
+        group = dict(params=discriminator.parameters(), lr_scale=0.25 if args.muon else 1.0)
         parts["discriminator_optimizer"] = torch.optim.AdamW(
-            discriminator.parameters(), args.lr, (0.5, 0.9), weight_decay=0, fused=True)
+            [group], args.lr, (0.5, 0.9), weight_decay=0, fused=True)
     if args.grad_checkpoint:
         recompute_blocks(model)
     return parts
@@ -562,29 +565,104 @@ def add_mean(terms, losses, passes):
 # -------------------------------------------------------------------------------------------------
 # optimizer, averaged weights, checkpoints
 
-def make_optimizer(model, args, job):
-    """AdamW. Only the matrices of Linear layers decay: no biases, norms, embeddings, codebook."""
-    matrices = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)}
-    trained = [p for p in model.parameters() if p.requires_grad]
-    decayed = [p for p in trained if id(p) in matrices]
-    others = [p for p in trained if id(p) not in matrices]
+def make_optimizers(model, args, job):
+    """{name: optimizer}: each trained parameter of the model belongs to exactly one.
+
+    muon trains the matrices of the blocks, but not those of AdaLN, which start at zero. optimizer,
+    an AdamW, trains all else. Only the matrices of Linear layers decay: no biases, norms,
+    embeddings, codebook.
+    """
+    linear = [(name, m.weight) for name, m in model.named_modules()
+              if isinstance(m, nn.Linear) and m.weight.requires_grad]
+    hidden = {}                         # shape: the matrices that Muon can treat together
+    for name, weight in linear:
+        if args.muon and (".attn." in name or ".mlp." in name):
+            hidden.setdefault(weight.shape, []).append(weight)
+    taken = {id(p) for same in hidden.values() for p in same}
+    decayed = [weight for _, weight in linear if id(weight) not in taken]
+    taken.update(id(p) for p in decayed)
+    others = [p for p in model.parameters() if p.requires_grad and id(p) not in taken]
+
+    def make(kind, groups, **settings):
+        if getattr(args, "zero", False) and job.ranks > 1:
+            # Each process keeps the state of a share. Imported here: slow, and few need it.
+            from torch.distributed.optim import ZeroRedundancyOptimizer
+            return ZeroRedundancyOptimizer(groups, kind, lr=args.lr, **settings)
+        return kind(groups, lr=args.lr, **settings)
+
     groups = [dict(params=decayed, weight_decay=args.weight_decay),
               dict(params=others, weight_decay=0.0)]
-    settings = dict(lr=args.lr, betas=tuple(args.betas), fused=True)
-    if getattr(args, "zero", False) and job.ranks > 1:
-        # Each process keeps the moments of a share. Imported here: slow, and few need it.
-        from torch.distributed.optim import ZeroRedundancyOptimizer
-        return ZeroRedundancyOptimizer(groups, torch.optim.AdamW, **settings)
-    return torch.optim.AdamW(groups, **settings)
+    optimizers = dict(optimizer=make(torch.optim.AdamW, groups, betas=tuple(args.betas),
+                                     fused=True))
+    if hidden:
+        groups = [dict(params=same) for same in hidden.values()]
+        optimizers["muon"] = make(Muon, groups, weight_decay=args.weight_decay, dtype=job.dtype)
+    return optimizers
 
 
-def optimizer_step(model, optimizer, step, args):
+class Muon(torch.optim.Optimizer):
+    """Momentum whose every step is made orthogonal (Jordan 2024): a matrix moves equally far in
+    all directions, also in those in which its gradient is small.
+
+    The matrices of a group have one shape. Their entries move by 0.2 lr on average (root mean
+    square), about as far as AdamW's, so both take the same lr (Liu and others, arXiv 2502.16982).
+    torch.optim.Muon is the same in bfloat16, which takes seconds per step on a CPU without it.
+    """
+
+    def __init__(self, params, lr, weight_decay=0.0, momentum=0.95, dtype=torch.float32):
+        super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
+        self.dtype = dtype
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            trained = [p for p in group["params"] if p.grad is not None]
+            if not trained:
+                continue
+            directions = []
+            for p in trained:
+                state = self.state[p]
+                if not state:
+                    state["mean"] = torch.zeros_like(p)
+                state["mean"].lerp_(p.grad, 1 - group["momentum"])
+                # Nesterov's momentum: the newest gradient counts once more.
+                directions.append(p.grad.lerp(state["mean"], group["momentum"]))
+            directions = orthogonalize(torch.stack(directions).to(self.dtype))
+            scale = 0.2 * math.sqrt(max(directions.shape[1:]))
+            for p, direction in zip(trained, directions):
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.add_(direction, alpha=-group["lr"] * scale)
+
+
+def orthogonalize(x):
+    """Matrices U S V' (n, rows, columns) -> about U V': singular values between 0.7 and 1.2.
+
+    Each pass of Newton and Schulz's iteration applies an odd polynomial to the singular values,
+    which lifts the small ones. Its coefficients are Jordan's: steep at 0, not exact at 1.
+    """
+    if x.shape[1] > x.shape[2]:
+        return orthogonalize(x.mT).mT
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)      # no singular value above 1
+    for _ in range(5):
+        a = x @ x.mT
+        b = torch.baddbmm(a, a, a, beta=-4.7750, alpha=2.0315)
+        x = torch.baddbmm(x, b, x, beta=3.4445)
+    return x
+
+
+def own_optimizers(parts):
+    """The optimizers of the run's model, without the discriminator's."""
+    return [parts[name] for name in ("optimizer", "muon") if name in parts]
+
+
+def optimizer_step(model, optimizers, step, args):
     """Clip, step, clear the gradients; returns the norm of the gradient before clipping."""
     norm = nn.utils.clip_grad_norm_(model.parameters(), args.clip or math.inf)
-    for group in optimizer.param_groups:
-        group["lr"] = lr_at(step, args) * group.get("lr_scale", 1.0)
-    optimizer.step()
-    optimizer.zero_grad()
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = lr_at(step, args) * group.get("lr_scale", 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
     return norm
 
 
@@ -768,34 +846,44 @@ class Log:
         self.reset()
 
 
-def print_plan(take_step, batch, model, count, args, job):
+def print_plan(take_step, batch, parts, count, args, job):
     """--dry-run: do one step of one micro-batch, and print what the whole run would take.
 
     count: images of the data set. Operations are those of matrix products and convolutions.
     """
+    model = parts["model"]
     start = time.perf_counter()
     with FlopCounterMode(display=False) as counter:
         take_step(args.steps - 1, batch)         # the last one: by then all losses have begun
     seconds = time.perf_counter() - start
-    flops = counter.get_total_flops() / job.micro_batch
+    # Muon's part does not depend on the batch, so it is counted apart, without being done.
+    with FlopCounterMode(display=False) as muon:
+        for group in parts["muon"].param_groups if args.muon else []:
+            orthogonalize(torch.stack([p.to("meta") for p in group["params"]]))
+    muon = muon.get_total_flops()
+    flops = (counter.get_total_flops() - muon) / job.micro_batch
     total = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     sizes = [f"{name} {sum(p.numel() for p in part.parameters()) / 1e6:.2f}"
              for name, part in model.named_children()]
 
-    # Four bytes each for weights, averages and gradients, and eight for Adam's two moments.
+    # Four bytes per number: weights, averages, gradients, and the moments of the optimizers.
+    states = [state for own in own_optimizers(parts) for state in own.state.values()]
+    moments = sum(x.numel() for state in states for x in state.values() if x.dim())
     shares = args.gpus if getattr(args, "zero", False) else 1
-    fixed = 4 * (2 * total + trained) + 8 * trained / shares
+    fixed = 4 * (2 * total + trained + moments / shares)
     seen = args.steps * args.batch_size
-    hours = flops * seen / (args.tflops * 1e12 * args.gpus) / 3600
+    per_gpu = flops * seen / args.gpus + muon * args.steps / shares
+    hours = per_gpu / (args.tflops * 1e12) / 3600
     memory = peak_memory(job.device)
+    own_work = f"; Muon {muon / 1e9:.4g} GFLOP per step" if muon else ""
     print(f"""the plan
   parameters  {total / 1e6:.1f} M: {", ".join(sizes)}
   tokens      {model.config.num_tokens} per image, from {model.config.codebook_size} codes
   batch       {args.batch_size} images, {-(-args.batch_size // args.gpus)} per GPU ({args.gpus})
   steps       {args.steps:,}, so {seen / 1e6:,.1f} M images: {seen / count:,.1f} x all {count:,}
-  compute     {flops / 1e9:.4g} GFLOP per image, {flops * seen:.2e} FLOP for all steps
-  memory      {fixed / 1e9:.3g} GB per GPU for weights, averages, gradients, Adam's moments
+  compute     {flops / 1e9:.4g} GFLOP per image, {flops * seen:.2e} FLOP for all steps{own_work}
+  memory      {fixed / 1e9:.3g} GB per GPU for weights, averages, gradients, optimizers' moments
   time        {duration(hours)} if each GPU reaches {args.tflops:g} TFLOP/s (an assumption)
   here        {seconds:.1f} s and {memory / 1e9:.1f} GB for a step of {job.micro_batch} images""")
 
@@ -1119,7 +1207,8 @@ def parse_training_args(parser, argv, kind, settings):
     path = args.out / f"{kind}.pt"
     try:
         if args.resume and path.exists():
-            saved = read_checkpoint(path, kind, mmap=True)["args"]
+            # The first runs had no Muon.
+            saved = dict(muon=False) | read_checkpoint(path, kind, mmap=True)["args"]
             # These belong to this call and this machine, never to the saved run.
             own = {"resume", "overwrite", "dry_run", "out", "device", "workers"}
             if saved["device"][:4] != args.device[:4]:           # another machine: choose anew
