@@ -572,16 +572,17 @@ def make_optimizers(model, args, job):
     an AdamW, trains all else. Only the matrices of Linear layers decay: no biases, norms,
     embeddings, codebook.
     """
-    linear = [(name, m.weight) for name, m in model.named_modules()
-              if isinstance(m, nn.Linear) and m.weight.requires_grad]
-    hidden = {}                         # shape: the matrices that Muon can treat together
-    for name, weight in linear:
-        if args.muon and (".attn." in name or ".mlp." in name):
-            hidden.setdefault(weight.shape, []).append(weight)
-    taken = {id(p) for same in hidden.values() for p in same}
-    decayed = [weight for _, weight in linear if id(weight) not in taken]
-    taken.update(id(p) for p in decayed)
-    others = [p for p in model.parameters() if p.requires_grad and id(p) not in taken]
+    linear = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)}
+    hidden, decayed, others = {}, [], []       # hidden: by shape, Muon treats a shape at once
+    for name, p in model.named_parameters():
+        if not p.requires_grad:
+            continue
+        if args.muon and id(p) in linear and (".attn." in name or ".mlp." in name):
+            hidden.setdefault(p.shape, []).append(p)
+        elif id(p) in linear:
+            decayed.append(p)
+        else:
+            others.append(p)
 
     def make(kind, groups, **settings):
         if getattr(args, "zero", False) and job.ranks > 1:
