@@ -1786,7 +1786,11 @@ def test_discriminator_may_be_new_on_resume(a_copy):
     """The adversarial loss can be added to a run that began without it."""
     call(train_tokenizer, a_copy, "--resume --steps 8 --gan 0.5 --log-every 1")
     assert read_log(a_copy / "log-tokenizer.jsonl")[-1]["disc"] > 0
-    assert read_saved(a_copy / "tokenizer.pt")["discriminator"]["logit_means"].any()
+    saved = read_saved(a_copy / "tokenizer.pt")
+    assert saved["discriminator"]["logit_means"].any()
+    # Beside Muon it learns at a quarter of the rate.
+    rates = [saved[name]["param_groups"][0]["lr"] for name in ("discriminator_optimizer", "muon")]
+    assert rates[0] == rates[1] / 4 > 0
 
 
 def as_format_2(path, folder, kind):

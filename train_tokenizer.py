@@ -573,7 +573,7 @@ def make_optimizers(model, args, job):
     embeddings, codebook.
     """
     linear = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)}
-    hidden, decayed, others = {}, [], []       # hidden: by shape, Muon treats a shape at once
+    hidden, decayed, others = {}, [], []       # hidden: by shape, as Muon treats them together
     for name, p in model.named_parameters():
         if not p.requires_grad:
             continue
