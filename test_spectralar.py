@@ -1795,7 +1795,7 @@ def test_discriminator_may_be_new_on_resume(a_copy):
 
 def as_format_2(path, folder, kind):
     """A copy of a checkpoint as the first versions of this code wrote it: the discriminator's
-    parts had another name, the flags held what was worked out at the start, Muon did not exist."""
+    parts had another name, the flags held what was worked out at the start. There was no Muon."""
     saved = read_saved(path)
     assert not saved["args"].pop("muon") and "muon" not in saved
     saved["format"] = 2

@@ -63,8 +63,8 @@ class TrainingSettings:
     """Of both training scripts. The defaults are the tokenizer's, for shapes."""
     steps: int = setting(1200, "optimizer steps")
     batch_size: int = setting(16, "images per step, over all GPUs")
-    muon: bool = setting(True, "Muon for the matrices of the blocks, AdamW for all else "
-                               "(which alone wants about a quarter of the --lr)")
+    muon: bool = setting(True, "Muon for the matrices of the blocks, AdamW for all else; AdamW "
+                               "alone needs a smaller --lr, about a quarter")
     lr: float = setting(4e-3, "peak learning rate", least=0)
     betas: tuple = setting((0.9, 0.99), "of AdamW", least=0, most=0.999999)
     weight_decay: float = setting(1e-4, "of matrices; nothing else decays", least=0)
@@ -101,14 +101,15 @@ PRESETS = {
     # minutes on a laptop CPU; with patches of 8 instead of 4 a step takes about half the time
     "shapes": BASE | dict(patch_size=8, gpt=BASE_GPT | dict(code_images=20_000)),
 
-    # an hour on one CPU core, half of it for the generator; folders take it, too
+    # 70 minutes on one CPU core, nearly half for the generator; folders take it, too
     "cifar": BASE | dict(
         num_tokens=64, codebook_size=1024, width=192, heads=6, power=0.5, steps=4000, warmup=200,
         perceptual=0.2, perceptual_start=2000, perceptual_net="classifier", eval_every=500,
         gpt=BASE_GPT | dict(width=256, depth=6, heads=8, steps=2000, warmup=200, ema=0.995,
                             eval_every=500)),
 
-    # the paper's size: ViT-B encoder and decoder, d16 generator (width 64 x depth, heads = depth)
+    # the paper's size: ViT-B encoder and decoder, d16 generator (width 64 x depth, heads = depth);
+    # Muon was not tried here
     "imagenet": BASE | dict(
         image_size=256, patch_size=16, num_tokens=64, codebook_size=4096, width=768, depth=12,
         heads=12, steps=1_000_000, batch_size=256, muon=False, lr=1e-4, warmup=10_000, ema=0.999,
@@ -591,13 +592,12 @@ def make_optimizers(model, args, job):
             return ZeroRedundancyOptimizer(groups, kind, lr=args.lr, **settings)
         return kind(groups, lr=args.lr, **settings)
 
-    groups = [dict(params=decayed, weight_decay=args.weight_decay),
-              dict(params=others, weight_decay=0.0)]
-    optimizers = dict(optimizer=make(torch.optim.AdamW, groups, betas=tuple(args.betas),
-                                     fused=True))
+    rest = [dict(params=decayed, weight_decay=args.weight_decay),
+            dict(params=others, weight_decay=0.0)]
+    optimizers = dict(optimizer=make(torch.optim.AdamW, rest, betas=tuple(args.betas), fused=True))
     if hidden:
-        groups = [dict(params=same) for same in hidden.values()]
-        optimizers["muon"] = make(Muon, groups, weight_decay=args.weight_decay, dtype=job.dtype)
+        by_shape = [dict(params=same) for same in hidden.values()]
+        optimizers["muon"] = make(Muon, by_shape, weight_decay=args.weight_decay, dtype=job.dtype)
     return optimizers
 
 
@@ -607,7 +607,8 @@ class Muon(torch.optim.Optimizer):
 
     The matrices of a group have one shape. Their entries move by 0.2 lr on average (root mean
     square), about as far as AdamW's, so both take the same lr (Liu and others, arXiv 2502.16982).
-    torch.optim.Muon is the same in bfloat16, which takes seconds per step on a CPU without it.
+    torch.optim.Muon does the same, but always in bfloat16. A CPU without bfloat16 instructions
+    needs seconds per step for that.
     """
 
     def __init__(self, params, lr, weight_decay=0.0, momentum=0.95, dtype=torch.float32):
@@ -858,10 +859,10 @@ def print_plan(take_step, batch, parts, count, args, job):
         take_step(args.steps - 1, batch)         # the last one: by then all losses have begun
     seconds = time.perf_counter() - start
     # Muon's part does not depend on the batch, so it is counted apart, without being done.
-    with FlopCounterMode(display=False) as muon:
+    with FlopCounterMode(display=False) as muon_counter:
         for group in parts["muon"].param_groups if args.muon else []:
             orthogonalize(torch.stack([p.to("meta") for p in group["params"]]))
-    muon = muon.get_total_flops()
+    muon = muon_counter.get_total_flops()
     flops = (counter.get_total_flops() - muon) / job.micro_batch
     total = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -877,13 +878,13 @@ def print_plan(take_step, batch, parts, count, args, job):
     per_gpu = flops * seen / args.gpus + muon * args.steps / shares
     hours = per_gpu / (args.tflops * 1e12) / 3600
     memory = peak_memory(job.device)
-    own_work = f"; Muon {muon / 1e9:.4g} GFLOP per step" if muon else ""
+    muon_work = f"; Muon {muon / 1e9:.4g} GFLOP per step" if muon else ""
     print(f"""the plan
   parameters  {total / 1e6:.1f} M: {", ".join(sizes)}
   tokens      {model.config.num_tokens} per image, from {model.config.codebook_size} codes
   batch       {args.batch_size} images, {-(-args.batch_size // args.gpus)} per GPU ({args.gpus})
   steps       {args.steps:,}, so {seen / 1e6:,.1f} M images: {seen / count:,.1f} x all {count:,}
-  compute     {flops / 1e9:.4g} GFLOP per image, {flops * seen:.2e} FLOP for all steps{own_work}
+  compute     {flops / 1e9:.4g} GFLOP per image, {flops * seen:.2e} FLOP for all steps{muon_work}
   memory      {fixed / 1e9:.3g} GB per GPU for weights, averages, gradients, optimizers' moments
   time        {duration(hours)} if each GPU reaches {args.tflops:g} TFLOP/s (an assumption)
   here        {seconds:.1f} s and {memory / 1e9:.1f} GB for a step of {job.micro_batch} images""")
