@@ -1095,7 +1095,7 @@ def line_chart(title, rows, x_column, columns, log=False):
     low, high = min(ys) - margin, max(ys) + margin
     scale = math.log2 if log else float
     left, right, bottom = 96, 808, 540
-    top = 104 + 30 * ((len(lines) - 1) // 4)                # below the legend, four names a row
+    top = 104 + 30 * ((len(lines) - 1) // 3)               # below the legend, three names a row
 
     def x_pixel(x):
         return np.interp(scale(x), [scale(xs[0]), scale(xs[-1])], [left, right])
@@ -1125,7 +1125,7 @@ def line_chart(title, rows, x_column, columns, log=False):
 
     for number, (name, points) in enumerate(lines.items()):
         colour = COLOURS[number % len(COLOURS)]
-        x, y = left + 180 * (number % 4), 64 + 30 * (number // 4)       # of its legend
+        x, y = left + 240 * (number % 3), 64 + 30 * (number // 3)       # of its legend
         draw.line([(x, y), (x + 18, y)], fill=colour, width=6)
         draw.text((x + 24, y), name, fill="black", anchor="lm")
         pixels = [(x_pixel(x), y_pixel(y)) for x, y in points]
