@@ -1393,13 +1393,36 @@ def test_pick_skips_no_class():
     assert pick_images(7, 9).tolist() == [*range(7)]
 
 
+def assert_same_training(path, other, lr, steps):
+    """Two runs took the same steps, whatever the machine's rounding.
+
+    AdamW divides a gradient by its own size, so where a gradient is all rounding, a weight moves by
+    up to lr in any direction. The optimizers' means are sums of gradients: they differ by rounding
+    alone, and by much where a micro-batch is dropped or gradients are not averaged.
+    """
+    one, two = leaves(read_saved(path)), leaves(read_saved(other))
+    assert one.keys() == two.keys()
+    means = [name for name in one if name.endswith((".exp_avg", ".mean"))]
+    for optimizer in {name.split(".")[1] for name in means}:
+        own = [name for name in means if name.startswith(f".{optimizer}.")]
+        largest = max(one[name].abs().max() for name in own)
+        for name in own:
+            worst = (one[name] - two[name]).abs().max()
+            assert worst <= 1e-3 * largest, (name, worst, largest)
+    weights = [name for name in one if name.startswith((".model.", ".ema.", ".discriminator."))]
+    for name in weights:
+        worst = (one[name] - two[name]).abs().max()
+        assert worst <= 2 * lr * steps, (name, worst)
+
+
 @TRAINING
 def test_ranks_and_passes_train_as_one_process_does(script, kind, a_copy, tmp_path):
     """Adversarial loss and codebook statistics included; batches, levels, crops and label drops
     are the same, and so is each term of the log."""
-    flags = "--steps 20 --log-every 1 --overwrite"
+    lr, steps = 1e-4, 4
+    flags = f"--steps {steps} --lr {lr} --log-every 1 --overwrite"
     if kind == "tokenizer":
-        flags += " --gan 0.5 --gan-start 12"
+        flags += " --gan 0.5 --gan-start 2"
     first, *others = [shutil.copytree(a_copy, tmp_path / name)
                       for name in ("1x8", "1x4", "2x4", "2x2")]
     processes = []
@@ -1413,12 +1436,12 @@ def test_ranks_and_passes_train_as_one_process_does(script, kind, a_copy, tmp_pa
     differ = {"ms", "images_per_second", "mfu", "data", "memory_gb", "eta_hours"}
     logs = {out: read_log(out / f"log-{kind}.jsonl") for out in (first, *others)}
     for out in others:
-        assert_same(first / f"{kind}.pt", out / f"{kind}.pt", 1e-5)
-        assert len(logs[first]) == len(logs[out]) == 20
+        assert_same_training(first / f"{kind}.pt", out / f"{kind}.pt", lr, steps)
+        assert len(logs[first]) == len(logs[out]) == steps
         for one, other in zip(logs[first], logs[out]):
             assert one.keys() == other.keys()
             for term in one.keys() - differ:
-                expected = pytest.approx(one[term], rel=1e-5, abs=1e-5)
+                expected = pytest.approx(one[term], rel=1e-3, abs=1e-3)
                 assert other[term] == expected, (out.name, one["step"], term)
 
 
