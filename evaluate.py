@@ -1,186 +1,125 @@
-"""Measure samples (FID, sFID, IS, precision, recall) and reconstructions (rFID, PSNR, SSIM, LPIPS)
+"""Measure samples (FID, sFID, IS, precision, recall) and reconstructions (rFID, PSNR, SSIM, LPIPS).
 
   python evaluate.py compare samples.npz VIRTUAL_imagenet256_labeled.npz   # folders or .npz files
-  python evaluate.py stats /my/images reference.npz                  # statistics, in ADM's layout
   python evaluate.py generation --data cifar10                       # samples of the generator
-  python evaluate.py reconstruction --data cifar10 --levels 1,8,64   # held-out images, rebuilt
+  python evaluate.py reconstruction --data cifar10 --levels 1 8 64   # held-out images, rebuilt
   python evaluate.py truncation --data cifar10                       # both, at 1, 2, 4 ... tokens
-  python evaluate.py probe --data cifar10 --against out/flat         # what earlier tokens predict
+  python evaluate.py probe --data cifar10                            # what earlier tokens predict
 
 The definitions are those of ADM's TensorFlow evaluator, which most published tables use. Each
 command prints a table and appends it as a JSON line to out/<data>/evaluations.jsonl. With
 `torchrun --nproc-per-node 8 -- evaluate.py ...` the processes share the images.
+
+Below the commands and the metrics stands what training uses too: data sets, and the networks that
+compare images.
 """
 import argparse
+import hashlib
 import json
 import math
 import os
 import sys
-import time
-import zipfile
-import zlib
+import tarfile
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache, lru_cache, partial
+from itertools import chain, repeat
 from pathlib import Path
 
-from spectralar import (UserError, code_fingerprint, dct2, fingerprint, in_window, largest_window,
-                        load_generator, load_tokenizer, load_weights, low_pass, read_weights)
+from spectralar import (Help, UserError, all_sum, autocast, base_parser, dct2, first_rank_first,
+                        gather, in_window, largest_window, load_tokenizer, low_pass, parse_flags,
+                        read_checkpoint, run_script, save_checkpoint, start_job, to_float,
+                        to_uint8, uniforms, wrap64)
 
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
-from torch.nn.utils.fusion import fuse_conv_bn_eval
 from tqdm import tqdm
 
-from sample import (add_sampling_flags, balanced_labels, check_sampling_flags, check_tokens,
-                    draw_codes, load_models, sampling_job, sampling_settings)
-from train_gpt import held_out_bits
-from train_tokenizer import (CIFAR, JUDGE, all_sum, base_parser, codebook_use, decode_image,
-                             download, effective_rank, finish_args, first_rank_first, gather,
-                             images_below, load_classifier, load_lpips, make_writable, open_data,
-                             pick_images, psnr, run_script, save_image_grid, save_picture,
-                             spread_levels, to_float, to_uint8, versions, weights_folder)
+from sample import (add_sampling_flags, balanced_labels, check_tokens, decode_image, draw_codes,
+                    load_models, save_image_grid, save_picture, spread_levels)
 
 
 def parse_args(argv=None):
-    parser, preset = base_parser(__doc__, argv)
-    parser.add_argument("command", choices=("compare", "stats", "generation", "reconstruction",
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help,
+                                     parents=[base_parser()], allow_abbrev=False)
+    parser.add_argument("command", choices=("compare", "generation", "reconstruction",
                                             "truncation", "probe"))
-    parser.add_argument("paths", nargs="*",
-                        help="compare: SAMPLES REFERENCE; stats: IMAGES FILE.npz")
+    parser.add_argument("paths", nargs="*", help="of compare: SAMPLES REFERENCE")
     add = parser.add_argument_group("measuring").add_argument
-    add("--features", choices=("inception", "classifier"), help="network that measures (default: "
-        "the classifier for runs on shapes and CIFAR, else inception)")
-    add("--inception", metavar="FILE", help="weights of Inception (default: downloaded once)")
-    add("--classifier", metavar="FILE", help="the classifier that measures, trained and saved if "
-        "absent (default: classifier.pt in --out); use the same one for all runs that you compare")
-    add("--reference", metavar="PATH", help="images or statistics to compare samples with "
-        "(default: up to 50,000 training images)")
-    add("--num", type=int, help="images to sample (default: 50,000; with the classifier 10,000), "
-        "to reconstruct (default: all held out), to fit the probe to (default: 50,000)")
-    add("--levels", type=comma_separated, help="reconstruction, truncation: numbers of tokens, "
-        "such as 1,2,4 (default: all tokens; truncation: 1, 2, 4 ...)")
-    add("--against", metavar="FOLDER", help="probe: the folder of another run to compare with")
+    add("--features", choices=("inception", "classifier"),
+        help="network that measures (shapes and CIFAR: classifier, else inception)")
+    add("--inception", metavar="FILE", help="weights of Inception (downloaded)")
+    add("--classifier", metavar="FILE", help="a classifier that measures, one for all runs that "
+        "you compare (classifier.pt in --out, trained when absent)")
+    add("--reference", metavar="PATH",
+        help="images or statistics to compare samples with (50,000 training images)")
+    add("--num", type=int, help="images (generation: 50,000, with the classifier 10,000; probe: "
+        "50,000; others: all)")
+    add("--levels", type=int, nargs="+",
+        help="numbers of tokens, such as 1 2 4 (all tokens; truncation: 1, 2, 4 ...)")
     add("--lpips", action=argparse.BooleanOptionalAction,
-        help="reconstruction: measure LPIPS too (default: with inception only)")
-    add("--vgg", metavar="FILE", help="VGG16 weights of LPIPS (default: downloaded once, 528 MB)")
-    add("--lpips-weights", metavar="FILE",
-        help="linear weights of LPIPS (default: downloaded once)")
+        help="reconstruction: measure LPIPS too (with inception only)")
     add("--batch-size", type=int, default=64, help="images per batch of one process")
-    add("--workers", type=int, default=min(8, os.cpu_count() or 1),
-        help="threads that decode image files")
-    add("--overwrite", action="store_true", help="stats: replace the file")
     add_sampling_flags(parser)
-    args = parser.parse_intermixed_args(argv)       # the paths may stand after the flags
-
-    measures_run = args.command not in ("compare", "stats")
-    expected = 0 if measures_run else 2
-    if len(args.paths) != expected:
-        parser.error(f"{args.command} takes {expected} paths, not {len(args.paths)}")
-    if args.command != "generation" and args.tokens is not None:
-        parser.error(f"--tokens is {args.tokens}, but {args.command} does not use it: use "
-                     f"--levels")
-    if args.command == "generation" and args.levels:
-        parser.error("--levels is of reconstruction and truncation: use --tokens")
-    if args.command == "reconstruction" and args.tokenizer:
-        parser.error("--tokenizer is of generation: name the folder of that tokenizer by --out")
-
+    args = parse_flags(parser, argv)
+    if len(args.paths) != (2 if args.command == "compare" else 0):
+        parser.error(f"compare takes two paths, the other commands none: {args.paths}")
     # Defaults that depend on other flags. After this function, args is only read.
-    small_images = measures_run and args.data in ("shapes", *CIFAR)
-    args.features = args.features or ("classifier" if small_images else "inception")
+    if args.features is None:
+        small_images = args.command != "compare" and args.data in ("shapes", *CIFAR)
+        args.features = "classifier" if small_images else "inception"
     if args.lpips is None:
         args.lpips = args.features == "inception"
-    if args.features == "inception" and not measures_run:
-        args.out = args.out or "out"                # such a comparison belongs to no data set
-    args.image_size = preset["image_size"]          # what a classifier reads in compare and stats
-    finish_args(parser, args)
-    check_sampling_flags(parser, args)
     return args
 
 
-def comma_separated(text):
-    return [int(number) for number in text.split(",")]
-
-
 def main(args):
-    job = sampling_job(args)
-    commands = dict(compare=run_compare, stats=run_stats, generation=run_generation,
+    job = start_job(args)
+    commands = dict(compare=run_compare, generation=run_generation,
                     reconstruction=run_reconstruction, truncation=run_truncation, probe=run_probe)
-    start = time.perf_counter()
-    make_writable(args.out)                     # met here, before the work
     rows, more = commands[args.command](args, job)
     if job.rank == 0:
         print_table(rows)
         record = dict(command=" ".join(sys.argv), features=args.features, seed=args.seed,
-                      results=rows, **more, versions=versions(),
-                      seconds=round(time.perf_counter() - start, 1))
+                      results=rows, **more)
+        args.out.mkdir(parents=True, exist_ok=True)
         with open(args.out / "evaluations.jsonl", "a") as file:
             file.write(json.dumps(record) + "\n")
 
 
 def print_table(rows):
     """Print rows, each a dict of the same columns."""
-    lines = [list(rows[0])] + [[table_cell(value) for value in row.values()] for row in rows]
+    lines = [list(rows[0])]
+    for row in rows:
+        lines.append([f"{x:.4f}" if isinstance(x, float) else str(x) for x in row.values()])
     widths = [max(len(cell) for cell in column) for column in zip(*lines)]
     for line in lines:
         print("  " + "  ".join(cell.rjust(width) for cell, width in zip(line, widths)))
 
 
-def table_cell(value):
-    if value is None:
-        return ""
-    return f"{value:.4f}" if isinstance(value, float) else str(value)
-
-
 # -------------------------------------------------------------------------------------------------
-# compare and stats: any images. Each command returns (rows of the table, more for the record)
+# compare: any images. Each command returns (rows of the table, more for the record)
 
 def run_compare(args, job):
-    network = load_network(args, args.image_size, job)
+    network = load_network(args, None, None, job)
     samples = measure_path(args.paths[0], network, args, job)
     reference = measure_path(args.paths[1], network, args, job)
     row = {"samples": args.paths[0], "images": samples.count,
            "reference": args.paths[1], "reference images": reference.count}
-    row |= compare_sets(samples, reference, args, job)
-    return [row], dict(counts=[samples.count, reference.count])
+    return [row | compare_sets(samples, reference, args, job)], {}
 
 
-def run_stats(args, job):
-    source, target = args.paths
-    if Path(target).exists() and not args.overwrite:
-        raise UserError(f"{target} exists: --overwrite replaces it")
-    if not Path(target).absolute().parent.is_dir():
-        raise UserError(f"{Path(target).parent} is not a folder: make it first")
-    make_writable(Path(target).absolute().parent)
-    features = measure_path(source, load_network(args, args.image_size, job), args, job)
-    if features.count is None:
-        raise UserError(f"{source} holds statistics already: name images")
-
-    # As in ADM's reference, up to 10,000 images stand beside the statistics of all.
-    if job.rank == 0:
-        pixels, _ = features.images.batch(pick_images(len(features.images), 10_000))
-        arrays = dict(arr_0=pixels.permute(0, 2, 3, 1))
-        arrays["mu"], arrays["sigma"] = features.moments
-        if features.spatial is not None:
-            arrays["mu_s"], arrays["sigma_s"] = features.spatial
-        with open(f"{target}.tmp", "wb") as file:
-            np.savez(file, **arrays)
-        os.replace(f"{target}.tmp", target)
-    return [dict(images=source, count=features.count, statistics=target)], {}
-
-
-def load_network(args, image_size, job, data=None):
-    """The network that measures: InceptionV3, or the classifier of --data. data: (train, val)."""
+def load_network(args, data, image_size, job):
+    """The network that measures: InceptionV3, or the classifier of a run's data (train, val)."""
     if args.features == "inception":
         load = partial(load_inception, args.inception, job.device)
     else:
-        path = args.classifier or args.out / "classifier.pt"
-        train, val = data or open_data(args, image_size, job)
-        load = partial(load_classifier, path, JUDGE, args.data, train, val, image_size, job)
+        path = Path(args.classifier or args.out / "classifier.pt")
+        load = partial(load_classifier, path, JUDGE, args.data, data, image_size, job)
     return first_rank_first(load, job)
 
 
@@ -189,29 +128,21 @@ def distance_name(args):
     return "FID" if args.features == "inception" else "FD-classifier"
 
 
-def warn_of_few_images(count):
-    """count is None where only statistics are known."""
-    if count is not None and count < 2048:
-        print(f"warning: the Frechet distance of {count} images is biased: use at least 2,048")
-
-
 def compare_sets(samples, reference, args, job):
     """{metric: value} of samples against a reference, computed by the first rank; {} elsewhere."""
     if job.rank:
         return {}
-    own, other = len(samples.moments[0]), len(reference.moments[0])
-    if own != other:
-        raise UserError(f"features of width {own} against a reference of width {other}: make the "
-                        f"reference with the same --features")
-    warn_of_few_images(samples.count)
-    warn_of_few_images(reference.count)
+    for features in (samples, reference):
+        if features.count is not None and features.count < 2048:
+            print(f"warning: the Frechet distance of {features.count} images is biased: use at "
+                  f"least 2,048")
     result = {distance_name(args): frechet_distance(*samples.moments, *reference.moments)}
     if samples.spatial is not None and reference.spatial is not None:
         result["sFID"] = frechet_distance(*samples.spatial, *reference.spatial)
     # ADM averages the scores of parts of 5,000 samples.
     if args.features == "inception" and samples.logits is not None:
-        result["IS splits"] = max(1, round(samples.count / 5000))
-        result["IS"], result["IS std"] = inception_score(samples.logits, result["IS splits"])
+        parts = max(1, round(samples.count / 5000))
+        result["IS"], result["IS std"] = inception_score(samples.logits, parts)
     # ADM takes 10,000 reference images. Fewer than 4 have no third neighbour.
     if samples.pool is not None and reference.pool is not None:
         real = reference.pool[pick_images(len(reference.pool), 10_000)]
@@ -224,172 +155,152 @@ def compare_sets(samples, reference, args, job):
 # generation, reconstruction, truncation: a trained run
 
 def run_generation(args, job):
-    gpt, tokenizer, class_names = load_models(args, job)
+    gpt, tokenizer, _ = load_models(args, job)
     tokens = check_tokens("--tokens", args.tokens, gpt.config.num_tokens)
-    train, _, network = open_run(tokenizer, class_names, args, job)
-    return measure_generation(gpt, tokenizer, network, train, [tokens], args, job)
+    train, _, network = open_run("gpt", tokenizer, args, job)
+    results = measure_generation(gpt, tokenizer, network, train, [tokens], args, job)
+    return results, dict(reference=args.reference or "training images", cfg=args.cfg,
+                         temperature=args.temperature, top_k=args.top_k, top_p=args.top_p,
+                         tokens=tokens)
 
 
-def open_run(tokenizer, class_names, args, job):
-    """(train, val, network that measures); class_names: those of the generator, or None."""
+def open_run(kind, tokenizer, args, job):
+    """(train, val, network that measures) of the run whose checkpoint of this kind is measured."""
     for level in args.levels or []:
         check_tokens("--levels", level, tokenizer.config.num_tokens)
-    data = open_data(args, tokenizer.config.image_size, job)
-    train, val = data
-    # Samples of one data set, judged by another, would get plausible numbers.
-    if class_names not in (None, train.class_names):
-        raise UserError(f"{args.out / 'gpt.pt'} has learned {len(class_names)} classes (first: "
-                        f"{class_names[0]}), --data {args.data} has {len(train.class_names)} "
-                        f"(first: {train.class_names[0]}): give the --data that it learned from")
-    return train, val, load_network(args, tokenizer.config.image_size, job, data)
+    size = tokenizer.config.image_size
+    train, val = open_data(args, size, job)
+    check_data(args.out / f"{kind}.pt", kind, train, args)
+    return train, val, load_network(args, (train, val), size, job)
 
 
 @torch.no_grad()
 def measure_generation(gpt, tokenizer, network, train, levels, args, job):
-    """(rows, more) of samples decoded at each level, against training images or --reference."""
-    # Each rank draws the codes of its share once, and decodes them at every level.
+    """Rows of samples decoded at each level, against training images or --reference."""
     num = args.num or (50_000 if args.features == "inception" else 10_000)
-    labels = balanced_labels(num, range(gpt.config.num_classes), args.seed)
-    drawn = []
     if args.reference:                              # first: its name may be wrong
         reference = measure_path(args.reference, network, args, job)
-    for rows in own_batches("sampling", num, args.batch_size, job):
-        drawn.append(draw_codes(gpt, labels[rows], rows.start, max(levels), args, job))
-    if not args.reference:
+    else:
         chosen = pick_images(len(train), 50_000)
         batches = read_batches("training images", train, chosen, args.batch_size, job)
-        reference = extract_features(batches, network, job)
+        reference = extract_features(batches, network, len(chosen), job)
+
+    # Each process draws the codes of its share once, and decodes them at every level.
+    labels = balanced_labels(num, range(gpt.config.num_classes), args.seed)
+    drawn = [draw_codes(gpt, labels[rows], torch.arange(num)[rows], max(levels), args, job)
+             for rows in own_batches("sampling", num, args.batch_size, job)]
     results = []
     for level in levels:
         bar = tqdm(drawn, desc=f"{level} tokens", disable=True if job.rank else None)
         batches = (to_uint8(tokenizer.decode(codes, level)) for codes in bar)
-        samples = extract_features(batches, network, job)
+        samples = extract_features(batches, network, num, job)
         result = compare_sets(samples, reference, args, job)
         if args.features == "classifier":
             recognised = samples.logits.argmax(-1) == labels
             result["accuracy"] = recognised.double().mean().item()
         results.append(result)
-    return results, dict(checkpoint=fingerprint(gpt), counts=[num, reference.count],
-                         reference=args.reference or "training images",
-                         sampling=dict(sampling_settings(args), stop=max(levels)))
+    return results
 
 
 def run_reconstruction(args, job):
     tokenizer = load_tokenizer(args.out / "tokenizer.pt", job.device)
     levels = args.levels or [tokenizer.config.num_tokens]
-    _, val, network = open_run(tokenizer, None, args, job)
-    rows, _, more = measure_reconstructions(tokenizer, network, val, levels, args, job)
+    _, val, network = open_run("tokenizer", tokenizer, args, job)
+    rows, more = measure_reconstructions(tokenizer, network, val, levels, args, job)
+    for row in rows:
+        del row["bands"]
     return rows, more
 
 
 @torch.no_grad()
 def measure_reconstructions(tokenizer, network, val, levels, args, job):
-    """(rows, energies, more) of held-out images, reconstructed at each level, against the images.
+    """(rows, more) of held-out images, reconstructed at each level, against the images.
 
-    energies: per level a list of the octaves' energies, against those of the images, in dB.
+    row["bands"]: the energy of each octave of frequencies, against that of the images, in dB.
     """
-    load = partial(load_lpips, args.vgg, args.lpips_weights, job.device)
-    lpips = first_rank_first(load, job) if args.lpips else None
+    lpips = first_rank_first(partial(load_lpips, job.device), job) if args.lpips else None
     chosen = pick_images(len(val), args.num)
-    warn_of_few_images(len(chosen))
+    own = own_rows(len(chosen), job)
 
     # Each image is read and encoded once, and decoded at all levels.
     original_moments = Moments()
-    moments = [Moments() for _ in levels]
-    scores = [[] for _ in levels]
-    energies = [[] for _ in levels]
+    moments = {level: Moments() for level in levels}
+    scores = {level: [] for level in levels}
+    energies = {level: 0 for level in levels}       # (2, octaves): reconstructions, images
     codes = []
     for rows in own_batches("reconstruction", len(chosen), args.batch_size, job):
         images, labels = val.batch(chosen[rows])
         images = images.to(job.device)
         original_moments.add(network(images)[0])
         codes.append(tokenizer.encode(to_float(images)))
-        image_energy = band_energy(to_float(images))
-        for g, level in enumerate(levels):
+        for level in levels:
             copies = to_uint8(tokenizer.decode(codes[-1], level))
             pool, _, logits = network(copies)
-            moments[g].add(pool)
+            moments[level].add(pool)
             recognised = logits.argmax(-1).cpu() == labels
-            scores[g].append(image_scores(copies, images, recognised, lpips))
-            energies[g].append(torch.stack([band_energy(to_float(copies)), image_energy]))
+            score = [recognised, psnr(copies, images), ssim(copies, images)]
+            if lpips is not None:
+                score.append(lpips(to_float(copies), to_float(images)))
+            scores[level].append(torch.stack([x.double().cpu() for x in score], 1))
+            energies[level] += torch.stack([band_energy(to_float(copies)),
+                                            band_energy(to_float(images))])
 
-    reference = original_moments.finish(job.device)
-    results, decibels = [], []
-    for g, level in enumerate(levels):
-        distance = frechet_distance(*moments[g].finish(job.device), *reference)
+    reference = original_moments.finish()
+    results = []
+    for level in levels:
+        distance = frechet_distance(*moments[level].finish(), *reference)
         row = {"tokens": level, "r" + distance_name(args): distance}
-        accuracy, *quality = gather(torch.cat(scores[g])).mean(0).tolist()
+        score = gather(torch.cat(scores[level]), own, len(chosen))
+        accuracy, *quality = score.mean(0).tolist()
         row.update(zip(("PSNR", "SSIM", "LPIPS"), quality))
         if args.features == "classifier":
             row["accuracy"] = accuracy
+        all_sum(energies[level])
+        copied, original = energies[level]
+        row["bands"] = (10 * (copied / original).log10()).tolist()
         results.append(row)
-        energy = torch.stack(energies[g]).sum(0)                        # (2, octaves)
-        all_sum(energy, job.device)
-        decibels.append((10 * (energy[0] / energy[1]).log10()).tolist())
 
-    codes = gather(torch.cat(codes).cpu())
+    codes = gather(torch.cat(codes), own, len(chosen))
     used, perplexity, _ = codebook_use(codes, tokenizer.config.codebook_size)
-    vectors = tokenizer.quantizer.vectors(codes.unique().to(job.device))
-    more = dict(checkpoint=fingerprint(tokenizer), counts=[len(chosen), len(chosen)],
-                reference="held-out images", codebook_used=used, codebook_perplexity=perplexity,
-                codebook_effective_rank=effective_rank(vectors))
-    return results, decibels, more
-
-
-def image_scores(copies, images, recognised, lpips):
-    """(B, 3 or 4) float64: whether the classifier was right, PSNR, SSIM, and LPIPS if not None."""
-    scores = [recognised, psnr(copies, images), ssim(copies, images)]
-    if lpips is not None:
-        scores.append(lpips(to_float(copies), to_float(images)))
-    return torch.stack([score.double().cpu() for score in scores], 1)
+    vectors = tokenizer.quantizer.vectors(codes.unique())
+    return results, dict(images=len(chosen), codebook_used=used, codebook_perplexity=perplexity,
+                         codebook_effective_rank=effective_rank(vectors))
 
 
 def run_truncation(args, job):
-    """Reconstructions and, where there is a gpt.pt, samples after the first i tokens."""
-    # The generator comes first: load_models sets how MKL rounds, and MKL reads that only once.
-    gpt = class_names = None
-    if (args.out / "gpt.pt").exists():
-        gpt, own_tokenizer, class_names = load_models(args, job)
-    tokenizer = load_tokenizer(args.out / "tokenizer.pt", job.device)
-    if gpt and code_fingerprint(tokenizer) != code_fingerprint(own_tokenizer):
-        raise UserError(f"{args.out}/gpt.pt learned the codes of another tokenizer than "
-                        f"{args.out}/tokenizer.pt: train it again, or move it away")
+    """Reconstructions and samples after the first i tokens."""
+    gpt, tokenizer, _ = load_models(args, job)
     levels = args.levels or spread_levels(tokenizer.config.num_tokens)
-    train, val, network = open_run(tokenizer, class_names, args, job)
+    train, val, network = open_run("gpt", tokenizer, args, job)
+    reconstructions, more = measure_reconstructions(tokenizer, network, val, levels, args, job)
+    samples = measure_generation(gpt, tokenizer, network, train, levels, args, job)
 
-    reconstructions, energies, more = measure_reconstructions(tokenizer, network, val, levels,
-                                                              args, job)
-    samples = [{} for _ in levels]
-    if gpt:
-        samples, more["samples"] = measure_generation(gpt, own_tokenizer, network, train, levels,
-                                                      args, job)
     rows = []
-    for level, reconstruction, sample, energy in zip(levels, reconstructions, samples, energies):
-        window = tokenizer.edges[level - 1].item()
-        row = {"tokens": level, "window": window} | reconstruction
+    for reconstruction, sample in zip(reconstructions, samples):
+        bands = reconstruction.pop("bands")
+        window = tokenizer.edges[reconstruction["tokens"] - 1].item()
+        row = {"tokens": reconstruction["tokens"], "window": window} | reconstruction
         row |= {f"g{name}": value for name, value in sample.items()}
-        for octave, decibels in enumerate(energy):
+        for octave, decibels in enumerate(bands):
             lowest = 2 ** octave // 2
             # A window of w keeps the frequencies below w.
             row[f"band {lowest}"] = decibels if lowest < window else None
         rows.append(row)
 
     if job.rank == 0:
-        draw_level_pictures(args.out / "levels.png", tokenizer, val, levels, job)
-        distance = distance_name(args)
+        draw_levels(args.out / "levels.png", tokenizer, val, levels, job)
+        name = distance_name(args)
         bands = [column for column in rows[0] if column.startswith("band")]
-        panels = {"PSNR (dB)": ["PSNR"], distance: [f"r{distance}", f"g{distance}"],
-                  "energy of band f (f .. 2f - 1) against the images' (dB)": bands}
-        charts = [line_chart(title, rows, "tokens", columns, log=True)
-                  for title, columns in panels.items()]
-        save_charts(args.out / "truncation.png", charts, "r: of reconstructions. g: of samples. "
-                    "band f: energy of the frequencies f .. 2f - 1 against that of the held-out "
-                    "images, in dB")
+        save_charts(args.out / "truncation.png", [
+            line_chart("PSNR (dB)", rows, "tokens", ["PSNR"]),
+            line_chart(f"{name} of reconstructions (r), samples (g)", rows, "tokens",
+                       [f"r{name}", f"g{name}"]),
+            line_chart("energy of frequencies f .. 2f - 1 (dB)", rows, "tokens", bands)])
     return rows, more
 
 
 @torch.no_grad()
-def draw_level_pictures(path, tokenizer, val, levels, job):
+def draw_levels(path, tokenizer, val, levels, job):
     """PNG, a column per level: an image's spectrum in the level's window, its sub-image and its
     reconstruction; then the reconstructions of up to three other images."""
     pixels, _ = val.batch(pick_images(len(val), 4))
@@ -399,8 +310,8 @@ def draw_level_pictures(path, tokenizer, val, levels, job):
 
     # The spectrum on a log scale, in grey values from 60 to 255. Black is outside the window.
     power = dct2(images[0]).square().mean(0).log()                      # (S, S)
-    low, high = power.quantile(0.05), power.max()
-    shades = (60 + 195 * (power - low) / (high - low)).clamp(60, 255)
+    low = power.quantile(0.05)
+    shades = (60 + 195 * (power - low) / (power.max() - low)).clamp(60, 255)
     shades = torch.where(in_window(len(power), windows, job.device), shades, 0)
     shades = shades[:, None].expand(-1, 3, -1, -1).to(torch.uint8)      # (G, 3, S, S)
 
@@ -423,123 +334,108 @@ def draw_level_pictures(path, tokenizer, val, levels, job):
 #   entropy   of the code in bits, if nothing else is known
 #   bits      cross-entropy of the GPT, which knows the class and all codes before
 
+@torch.no_grad()
 def run_probe(args, job):
-    """How well earlier tokens predict each token, here and in the run of --against."""
-    runs = [load_probed_run(args.out, job)]
-    if args.against:
-        runs.append(load_probed_run(Path(args.against), job))
-    sizes = [(model.config.num_tokens, model.config.image_size) for _, model, _ in runs]
-    N, S = sizes[0]
-    n, s = sizes[-1]
-    if (n, s) != (N, S):
-        raise UserError(f"{args.against} has {n} tokens of {s} px images, {args.out} has {N} of "
-                        f"{S} px images: compare runs of the same sizes")
-
-    # Training images fit the regression and choose its penalties, held-out images measure it.
+    """How well earlier tokens predict each token. Patches of pixels are there to compare with."""
+    gpt, tokenizer, _ = load_models(args, job)
+    N, S = tokenizer.config.num_tokens, tokenizer.config.image_size
     train, val = open_data(args, S, job)
-    chosen = pick_images(len(train), args.num or 50_000)
-    generator = torch.Generator().manual_seed(args.seed)
-    chosen = chosen[torch.randperm(len(chosen), generator=generator)]
-    fit = len(chosen) * 4 // 5
-    parts = [(train, chosen[:fit]), (train, chosen[fit:]), (val, pick_images(len(val), 10_000))]
+    check_data(args.out / "gpt.pt", "gpt", train, args)
+    side = S // math.isqrt(N)
+    # N square patches, if they tile the image; 4,096 values can be correlated, more take too long.
+    patches_fit = side ** 2 * N == S ** 2 and 3 * S * S <= 4096
+
+    # Training images fit the linear map, held-out images measure it.
+    vectors, patches = [], []
+    seen = []                                       # (codes, labels) of both sets
+    for data, most in ((train, args.num or 50_000), (val, 10_000)):
+        chosen = pick_images(len(data), most)
+        vector_moments, patch_moments = Moments(), Moments()
+        codes, labels = [], []
+        for rows in own_batches("encoding", len(chosen), 64, job):
+            images, batch_labels = data.batch(chosen[rows])
+            images = to_float(images.to(job.device))
+            codes.append(tokenizer.encode(images))
+            labels.append(batch_labels)
+            vector_moments.add(tokenizer.quantizer.vectors(codes[-1]).flatten(1))
+            if patches_fit:
+                patch_moments.add(F.unfold(images, side, stride=side).mT.flatten(1))
+        own = own_rows(len(chosen), job)
+        seen.append((gather(torch.cat(codes).cpu(), own, len(chosen)),
+                     gather(torch.cat(labels), own, len(chosen))))
+        vectors.append(vector_moments.finish())
+        if patches_fit:
+            patches.append(patch_moments.finish())
 
     in_order = torch.arange(N)
-    shuffled = torch.randperm(N, generator=torch.Generator().manual_seed(0))
-    orders = {"R2": in_order, "R2 reversed": in_order.flip(0), "R2 shuffled": shuffled}
-    columns = probe_codes(*runs[0], orders, parts, args, job)
-    if args.against:
-        against = probe_codes(*runs[1], {"R2": in_order}, parts, args, job)
-        columns |= {f"{name} against": values for name, values in against.items()}
-    columns |= probe_patches(S, N, parts, job)
+    _, _, perplexities = codebook_use(seen[0][0], tokenizer.config.codebook_size)
+    columns = {"R2": linear_r2(*vectors, in_order),
+               "R2 reversed": linear_r2(*vectors, in_order.flip(0)),
+               "entropy": [math.log2(perplexity) for perplexity in perplexities],
+               "bits": held_out_bits(gpt, *seen[1], job)["bits_by_position"]}
+    if patches_fit:
+        columns["R2 patches"] = linear_r2(*patches, in_order)
 
-    rows = []
-    for i in range(N):
-        rows.append({"token": i + 1} | {name: values[i] for name, values in columns.items()})
-    # The first token has none before it.
-    means = {name: sum(values[1:]) / (N - 1) for name, values in columns.items()}
+    rows = [{"token": i + 1} | {name: values[i] for name, values in columns.items()}
+            for i in range(N)]
     if job.rank == 0:
         linear = [name for name in columns if name.startswith("R2")]
-        others = [name for name in columns if name not in linear]
-        against = f" (against: {Path(args.against).name})" if args.against else ""
-        charts = [line_chart("R2 of each place in the order, from those before" + against,
-                             rows[1:], "token", linear),
-                  line_chart("bits per token" + against, rows, "token", others)]
-        save_charts(args.out / "probe.png", charts, "R2: a linear map predicts the token from "
-                    "those before it, on held-out images. entropy: of the token's code alone. "
-                    "bits: the GPT predicts the code from the class and the codes before")
-    more = dict(checkpoint=[fingerprint(tokenizer) for _, tokenizer, _ in runs],
-                against=args.against, counts=[len(chosen) for _, chosen in parts])
-    return rows + [{"token": "mean"} | means], more
+        save_charts(args.out / "probe.png", [
+            line_chart("R2 of each place in the order, from those before", rows[1:], "token",
+                       linear),
+            line_chart("bits per token", rows, "token", ["entropy", "bits"])])
+    # The first token has none before it.
+    means = {name: sum(values[1:]) / (N - 1) for name, values in columns.items()}
+    return rows + [{"token": "mean"} | means], {}
 
 
-def load_probed_run(folder, job):
-    """(GPT or None, tokenizer, class names) of a run's folder; the tokenizer is the GPT's own."""
-    if (folder / "gpt.pt").exists():
-        return load_generator(folder / "gpt.pt", job.device)
-    return None, load_tokenizer(folder / "tokenizer.pt", job.device), None
+def linear_r2(fit, test, order):
+    """R^2 of each of N vectors from those before it in an order, by least squares in float64.
 
+    fit, test: mean (N d,) and covariance (N d, N d) of two sets of images. R^2 = 1 - squared error
+    / variance, both on the test images, about the mean of the fit; 0 for the first vector.
+    """
+    mean, S = fit
+    shift = test[0] - mean
+    T = test[1] + shift[:, None] * shift
+    N = len(order)
+    d = len(mean) // N
+    columns = (order[:, None] * d + torch.arange(d)).flatten()
+    S = S[columns][:, columns]
+    T = T[columns][:, columns]
+    # The tiny number keeps the matrix invertible where a value never changes.
+    tiny = 1e-6 * S.diagonal().mean() * torch.eye(len(S), dtype=S.dtype)
+    factor = torch.linalg.cholesky(S + tiny)
 
-@torch.no_grad()
-def probe_codes(gpt, tokenizer, class_names, orders, parts, args, job):
-    """{column: values}: R2 of the code vectors by order, entropy of the codes, bits of the GPT."""
-    codes, moments = [], []
-    for data, chosen in parts:
-        part_codes, labels = encode_images(tokenizer, data, chosen, args, job)
-        vectors = (tokenizer.quantizer.vectors(part_codes[rows].to(job.device)).flatten(1)
-                   for rows in own_batches("code vectors", len(chosen), 512, job))
-        codes.append(part_codes)
-        moments.append(second_moments(vectors, job))
-
-    columns = {}
-    for name, order in orders.items():
-        columns[name] = ridge_r2(moments, order, len(order))
-    _, _, perplexities = codebook_use(torch.cat(codes[:2]), tokenizer.config.codebook_size)
-    columns["entropy"] = [math.log2(perplexity) for perplexity in perplexities]
-    # Of the parts, the last one is held out: data and labels are of it.
-    if class_names not in (None, data.class_names):
-        print("the generator has learned other classes than those of --data, so its bits are left "
-              "out")
-    elif gpt is not None:
-        columns["bits"] = held_out_bits(gpt, codes[2], labels, job)["bits_by_position"]
-    return columns
-
-
-def probe_patches(S, N, parts, job):
-    """{column: R2} of as many raster patches as there are tokens, to compare with; or {}."""
-    sides = patch_sides(S, N)
-    if sides is None:
-        return {}
-    # All pixels are correlated with all: at 256 px the matrix would take 309 GB.
-    if 3 * S * S > 4096:
-        print(f"R2 of raster patches is left out: an image has {3 * S * S:,} values, more than "
-              f"the 4,096 that the probe can correlate")
-        return {}
-    moments = []
-    for data, chosen in parts:
-        patches = (F.unfold(to_float(images.to(job.device)), sides, stride=sides).mT.flatten(1)
-                   for images in read_batches("patches", data, chosen, 512, job))
-        moments.append(second_moments(patches, job))
-    return {"R2 patches": ridge_r2(moments, torch.arange(N), N)}
-
-
-def patch_sides(S, N):
-    """(height, width) of N equal patches that tile S x S pixels, the squarest, or None."""
-    sides = []
-    for rows in range(1, N + 1):
-        if N % rows == 0 and S % rows == 0 and S % (N // rows) == 0:
-            sides.append((S // rows, S // (N // rows)))
-    return min(sides, key=lambda side: abs(side[0] - side[1]), default=None)
+    r2 = [0.0]
+    for i in range(1, N):
+        before, own = slice(0, i * d), slice(i * d, (i + 1) * d)
+        # The factor of a leading block is the leading block of the factor.
+        W = torch.cholesky_solve(S[before, own], factor[before, before])
+        # The mean of |y - W'x|^2 is tr T_yy + the sum of the entries of W * (T_xx W - 2 T_xy).
+        variance = T[own, own].trace().item()
+        change = (W * (T[before, before] @ W - 2 * T[before, own])).sum().item()
+        # A vector that never changes has nothing to predict.
+        r2.append(-change / variance if variance > 1e-12 else 0.0)
+    return r2
 
 
 @torch.no_grad()
-def encode_images(tokenizer, data, chosen, args, job):
-    """Codes (n, N) and labels (n,) of the chosen images, in their order, on every rank."""
-    codes, labels = [], []
-    for rows in own_batches("encoding", len(chosen), args.batch_size, job):
-        images, batch_labels = data.batch(chosen[rows])
-        codes.append(tokenizer.encode(to_float(images.to(job.device))).cpu())
-        labels.append(batch_labels)
-    return gather(torch.cat(codes)), gather(torch.cat(labels))
+def held_out_bits(model, codes, labels, job):
+    """Bits per token and accuracy, over all and by position, for codes (n, N) and labels (n,)."""
+    bits, hits = [], []
+    for chunk, label in zip(codes.split(256), labels.split(256)):
+        chunk = chunk.to(job.device)
+        with autocast(job):
+            logits = model(chunk, label.to(job.device)).float()                 # (n, N, K)
+        # Position by position: the first tokens are the hardest to predict.
+        nats = F.cross_entropy(logits.flatten(0, 1), chunk.flatten(), reduction="none")
+        bits.append(nats.view_as(chunk) / math.log(2))
+        hits.append((logits.argmax(-1) == chunk).float())
+    bits = torch.cat(bits).mean(0)                                              # (N,)
+    hits = torch.cat(hits).mean(0)
+    return dict(bits=bits.mean().item(), accuracy=hits.mean().item(),
+                bits_by_position=bits.tolist(), accuracy_by_position=hits.tolist())
 
 
 # -------------------------------------------------------------------------------------------------
@@ -596,6 +492,12 @@ def share_in_balls(points, centres, k):
     return torch.cat(inside).double().mean().item()
 
 
+def psnr(a, b):
+    """Peak signal-to-noise ratio of uint8 images (B, 3, H, W) -> (B,) dB; infinite when equal."""
+    error = (a.float() - b.float()).square().mean((1, 2, 3))
+    return 10 * torch.log10(255 ** 2 / error)
+
+
 def ssim(a, b):
     """Structural similarity (Wang et al. 2004) of uint8 images (B, 3, H, W) -> (B,) float64.
 
@@ -648,50 +550,19 @@ def band_energy(images):
     return energy.new_zeros(band.max() + 1).index_add_(0, band, energy).cpu()
 
 
-PENALTIES = [10.0 ** k for k in range(-6, 3)]       # times the mean variance of a column
+def codebook_use(codes, K):
+    """Codes (n, N) -> share of the K codes in use, perplexity, perplexity per position (N,)."""
+    def perplexity(column):
+        p = torch.bincount(column.flatten(), minlength=K).double() / column.numel()
+        return torch.special.entr(p).sum().exp().item()
+    return len(codes.unique()) / K, perplexity(codes), [perplexity(column) for column in codes.T]
 
 
-def ridge_r2(moments, order, N):
-    """R^2 of each of N vectors from those before it in an order, by ridge regression in float64.
-
-    moments: second_moments of the images to fit, to choose each vector's penalty, to measure.
-    R^2 = 1 - squared error / variance about the mean of the fit; 0 for the first vector.
-    """
-    centre = moments[0][0]                                              # (N d,)
-    d = len(centre) // N
-    columns = (order[:, None] * d + torch.arange(d)).flatten()
-    matrices = []                                                       # (N d, N d) about it
-    for mean, second in moments:
-        shift = mean - centre
-        matrices.append((second + shift[:, None] * shift)[columns][:, columns])
-    fit, held_out, test = matrices
-
-    errors = torch.zeros(2, len(PENALTIES), N, dtype=torch.float64)     # on held_out, on test
-    for p, penalty in enumerate(PENALTIES):
-        ridge = penalty * fit.diagonal().mean() * torch.eye(len(fit), dtype=fit.dtype)
-        L = torch.linalg.cholesky(fit + ridge)
-        for i in range(1, N):
-            before, own = slice(0, i * d), slice(i * d, (i + 1) * d)
-            # The Cholesky factor of a leading block is the leading block of the factor.
-            W = torch.cholesky_solve(fit[before, own], L[before, before])
-            for s, part in enumerate((held_out, test)):
-                change = W * (part[before, before] @ W - 2 * part[before, own])
-                errors[s, p, i] = part[own, own].trace() + change.sum()
-
-    best = errors[0].argmin(0)                                          # (N,)
-    variance = test.diagonal().unflatten(0, (N, d)).sum(1)
-    # A vector that never changes has nothing to predict.
-    r2 = torch.where(variance > 1e-12, 1 - errors[1, best, torch.arange(N)] / variance, 0)
-    return [0.0] + r2[1:].tolist()
-
-
-def second_moments(batches, job):
-    """Mean (D,) and second moment about it (D, D) of batches (B, D) of all ranks."""
-    moments = Moments()
-    for rows in batches:
-        moments.add(rows)
-    mean, covariance = moments.finish(job.device)
-    return mean, covariance * ((moments.count - 1) / moments.count)
+def effective_rank(x):
+    """How many dimensions rows (n, d) fill about their mean, 1 .. d (Roy and Vetterli 2007)."""
+    values = torch.linalg.svdvals((x - x.mean(0)).double())
+    share = values / values.sum().clamp(min=1e-30)
+    return torch.special.entr(share).sum().exp().item()
 
 
 class Moments:
@@ -707,21 +578,20 @@ class Moments:
         self.sum = self.sum + rows.sum(0)
         self.outer = torch.addmm(self.outer, rows.T, rows)
 
-    def finish(self, device):
-        """(mean (d,), covariance (d, d)) over all ranks."""
+    def finish(self):
+        """(mean (d,), covariance (d, d)) over all processes."""
         for x in (self.count, self.sum, self.outer):
-            all_sum(x, device)
+            all_sum(x)
         mu = self.sum / self.count
         return mu, self.outer.sub_(self.count * mu[:, None] * mu).div_(self.count - 1)
 
 
 # -------------------------------------------------------------------------------------------------
-# features of sets of images. A set has len() and batch(indices) -> uint8 (B, 3, H, W), labels
+# features of sets of images
 
 @dataclass
 class FeatureSet:
     """What the metrics need of a set of images. None: not known."""
-    images: object = None           # the set itself, where it is read from a path
     count: int = None               # of images
     moments: tuple = None           # mean (d,) and covariance (d, d) of the features
     spatial: tuple = None           # the same of Inception's spatial features, for sFID
@@ -730,8 +600,8 @@ class FeatureSet:
 
 
 @torch.no_grad()
-def extract_features(batches, network, job):
-    """FeatureSet of all ranks' batches of uint8 images (B, 3, H, W)."""
+def extract_features(batches, network, count, job):
+    """FeatureSet of `count` images; batches: this process's share, uint8 (B, 3, H, W) each."""
     pool_moments, spatial_moments = Moments(), Moments()
     pools, logits = [], []
     for images in batches:
@@ -742,138 +612,698 @@ def extract_features(batches, network, job):
         pools.append(pool.cpu())
         logits.append(batch_logits.cpu())
 
-    features = FeatureSet(moments=pool_moments.finish(job.device))
+    own = own_rows(count, job)
+    features = FeatureSet(count, pool_moments.finish())
     if spatial is not None:
-        features.spatial = spatial_moments.finish(job.device)
-    features.pool = gather(torch.cat(pools))
-    features.logits = gather(torch.cat(logits))
-    features.count = len(features.pool)
+        features.spatial = spatial_moments.finish()
+    features.pool = gather(torch.cat(pools), own, count)
+    features.logits = gather(torch.cat(logits), own, count)
     return features
 
 
+def own_rows(count, job):
+    """This process's consecutive share of `count` rows."""
+    return slice(count * job.rank // job.ranks, count * (job.rank + 1) // job.ranks)
+
+
 def own_batches(name, count, size, job):
-    """Slices of at most `size` of `count` images: this rank's consecutive share, under a bar."""
-    least = max(2, job.ranks)
-    if count < least:
-        raise UserError(f"{name}: {count} image(s), at least {least} are needed for a covariance "
-                        f"and {job.ranks} process(es)")
-    first = count * job.rank // job.ranks
-    last = count * (job.rank + 1) // job.ranks
-    for start in tqdm(range(first, last, size), desc=name, disable=True if job.rank else None):
-        yield slice(start, min(start + size, last))
+    """Slices of at most `size` rows: this process's share of `count`, under a bar."""
+    own = own_rows(count, job)
+    starts = range(own.start, own.stop, size)
+    for start in tqdm(starts, desc=name, disable=True if job.rank else None):
+        yield slice(start, min(start + size, own.stop))
 
 
 def read_batches(name, images, chosen, size, job):
-    """This rank's share of the chosen images of a set."""
+    """This process's share of the chosen images of a set."""
     for rows in own_batches(name, len(chosen), size, job):
         yield images.batch(chosen[rows])[0]
 
 
 def measure_path(path, network, args, job):
     """FeatureSet of a folder of images, or of an .npz of images, of statistics or of both."""
-    if not Path(path).exists():
-        raise UserError(f"{path} does not exist: name a folder of images or an .npz")
-    moments = spatial = None
     if Path(path).is_dir():
-        images = ImageFiles(path, args.workers)
-    else:
-        images, moments, spatial = read_npz(path)
-    features = FeatureSet()
-    if images is not None:
-        batches = read_batches(path, images, torch.arange(len(images)), args.batch_size, job)
-        features = extract_features(batches, network, job)
-        features.images = images
-    if isinstance(images, ImageFiles):
+        images = Folder(path, [images_below(path)], None, args.workers)
+        chosen = pick_images(len(images), args.num)
+        batches = read_batches(path, images, chosen, args.batch_size, job)
+        features = extract_features(batches, network, len(chosen), job)
         # Files come sorted, often by class. A score of consecutive parts needs them shuffled.
-        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+        order = torch.randperm(len(chosen), generator=torch.Generator().manual_seed(0))
         features.logits = features.logits[order]
-    if moments is not None:
+        return features
+
+    features = FeatureSet()
+    with np.load(path) as file:
+        if "arr_0" in file:
+            pixels = file["arr_0"]
+            if pixels.dtype != np.uint8 or pixels.shape[3:] != (3,):
+                raise UserError(f"{path}: arr_0 is {pixels.dtype} of shape {pixels.shape}, not "
+                                f"uint8 (n, H, W, 3): convert it")
+            pixels = torch.from_numpy(pixels).permute(0, 3, 1, 2)
+            chosen = pick_images(len(pixels), args.num)
+            batches = (pixels[chosen[rows]]
+                       for rows in own_batches(path, len(chosen), args.batch_size, job))
+            features = extract_features(batches, network, len(chosen), job)
         # ADM's statistics are of the whole training set, its images are 10,000 of it.
-        features.moments, features.spatial = moments, spatial
+        if "mu" in file:
+            features.moments = file["mu"], file["sigma"]
+            features.spatial = (file["mu_s"], file["sigma_s"]) if "mu_s" in file else None
+    if features.moments is None:
+        raise UserError(f"{path} has neither arr_0 (images) nor mu and sigma (statistics)")
     return features
 
 
-def read_npz(path):
-    """(NpzImages, moments, spatial moments) of an .npz as ADM's, None where it has none."""
-    with reading_npz(path), np.load(path) as file:
-        arrays = {name: torch.from_numpy(file[name]).double()
-                  for name in ("mu", "sigma", "mu_s", "sigma_s") if name in file}
-        has_images = "arr_0" in file
-    moments = (arrays["mu"], arrays["sigma"]) if "sigma" in arrays else None
-    spatial = (arrays["mu_s"], arrays["sigma_s"]) if "sigma_s" in arrays else None
-    if moments is None and not has_images:
-        raise UserError(f"{path} has neither arr_0 (images) nor mu and sigma (statistics)")
-    for name, array in arrays.items():
-        if not array.isfinite().all():
-            raise UserError(f"{path} holds nan or infinity in {name}: make it anew")
-    return NpzImages(path) if has_images else None, moments, spatial
+# -------------------------------------------------------------------------------------------------
+# data sets. Each has len(), class_names, fingerprint(), and batch(indices, crops=None) -> uint8
+# images (B, 3, S, S), labels (B,) long.
+
+def open_data(args, image_size, job):
+    """(train, val) of --data. The first process opens it first, and downloads it if it must."""
+    def load():
+        if args.data == "shapes":
+            return Shapes("train", image_size), Shapes("val", image_size)
+        if args.data in CIFAR:
+            return open_cifar(args.data, Path(args.data_dir), image_size)
+        if args.data != "imagenet":
+            return open_folder(Path(args.data), image_size, args.workers)
+        root = Path(args.data_dir)
+        if not any((root / place / "train").is_dir() for place in ("", *KAGGLE)):
+            raise UserError(f"{root} has no train folder: --data-dir names the one that holds "
+                            f"ImageNet's train/<wnid>/*.JPEG and val/<wnid>/*.JPEG")
+        return open_folder(root, image_size, args.workers)
+    return first_rank_first(load, job)
 
 
-@contextmanager
-def reading_npz(path):
-    """Tells in one line that a file is damaged."""
-    try:
-        yield
-    except (OSError, EOFError, ValueError, TypeError, zipfile.BadZipFile, zlib.error) as e:
-        reason = " ".join(str(e).split())[:80]
-        raise UserError(f"{path} is not a whole .npz of images or statistics ({reason}): write it "
-                        f"again") from None
+def check_data(path, kind, train, args):
+    """UserError when a checkpoint was trained on other data than this run's."""
+    saved = read_checkpoint(path, kind, mmap=True)
+    name = saved["args"]["data"]
+    # A folder may have been moved: then it has another name, but the same files.
+    if name != args.data and saved.get("data") != train.fingerprint():
+        raise UserError(f"{path} was trained on --data {name}, this run has --data {args.data}: "
+                        f"give --data {name}, or another --out")
+    learned = saved.get("class_names", train.class_names)
+    if learned != train.class_names:
+        raise UserError(f"{path} learned {len(learned)} classes ({learned[:3]} ..), the data set "
+                        f"has {len(train.class_names)} ({train.class_names[:3]} ..): --overwrite "
+                        f"trains anew, another --out keeps both")
 
 
-class NpzImages:
-    """The images arr_0 (n, H, W, 3) uint8 of an .npz, read when they are asked for: 50,000 of
-    256 px take 9.8 GB. Ascending indices are fast, because a zip archive is read forwards."""
+def batch_indices(n, batch_size, step, seed):
+    """Which of n samples make the batch of a step; every epoch is a new permutation."""
+    position = torch.arange(step * batch_size, (step + 1) * batch_size)
+    epochs = position // n
+    parts = [epoch_order(n, epoch, seed)[position[epochs == epoch] % n]
+             for epoch in epochs.unique().tolist()]
+    return torch.cat(parts)
 
-    def __init__(self, path):
-        self.path = path
-        with reading_npz(path):
-            self.file = zipfile.ZipFile(path).open("arr_0.npy")
-            # The later versions of the format are for structured types alone.
-            np.lib.format.read_magic(self.file)
-            self.shape, fortran, dtype = np.lib.format.read_array_header_1_0(self.file)
-        if dtype != np.uint8 or self.shape[3:] != (3,) or fortran:
-            raise UserError(f"{path}: arr_0 is {dtype} of shape {self.shape} in "
-                            f"{'Fortran' if fortran else 'C'} order, not uint8 (n, H, W, 3) in C "
-                            f"order: convert it")
-        self.start = self.file.tell()
+
+@lru_cache(maxsize=2)
+def epoch_order(n, epoch, seed):
+    generator = torch.Generator().manual_seed(wrap64(seed * 100_003 + epoch))
+    return torch.randperm(n, generator=generator)
+
+
+def pick_images(n, most):
+    """At most `most` of n indices, ascending: a fixed random choice, spread over all classes."""
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(0))
+    return order[:most].sort().values
+
+
+def step_seed(seed, step):
+    """All random draws of a step follow from (seed, step), so a resume has nothing to restore."""
+    return (seed * 1_000_003 + step) % 2 ** 32                   # a CPU generator reads 32 bits
+
+
+# -------------------------------------------------------------------------------------------------
+# built-in images: ten shapes on a smooth background (low frequencies), with an outline (middle
+# frequencies) and a texture (high frequencies)
+
+SHAPES = ("circle", "square", "triangle", "star", "cross", "ring", "crescent", "heart", "arrow",
+          "hourglass")
+
+
+def shape_distance(name, x, y):
+    """Signed distance of points to the outline of a shape of radius about 1; y points down."""
+    def box(half_width, half_height, centre_y=0.0):
+        return np.maximum(abs(x) - half_width, abs(y - centre_y) - half_height)
+
+    def disc(radius, centre_x=0.0, centre_y=0.0):
+        return np.hypot(x - centre_x, y - centre_y) - radius
+
+    if name == "circle":
+        return disc(0.85)
+    if name == "square":
+        return box(0.75, 0.75)
+    if name == "triangle":
+        angles = np.pi * np.array([1 / 2, 7 / 6, 11 / 6])
+        return np.maximum.reduce([x * cos + y * sin - 0.5
+                                  for cos, sin in zip(np.cos(angles), np.sin(angles))])
+    if name == "star":
+        # Fold the plane into one of ten half-points: there the outline is one straight line.
+        angle = np.abs((np.arctan2(x, -y) / (2 * np.pi / 5) + 0.5) % 1 - 0.5) * (2 * np.pi / 5)
+        tip = np.array([1.05, 0.0])
+        notch = 0.45 * np.array([np.cos(np.pi / 5), np.sin(np.pi / 5)])
+        normal = np.array([tip[1] - notch[1], notch[0] - tip[0]]) / -np.hypot(*(tip - notch))
+        r = np.hypot(x, y)
+        across = r * np.cos(angle) - tip[0]
+        return across * normal[0] + r * np.sin(angle) * normal[1]
+    if name == "cross":
+        return np.minimum(box(0.9, 0.3), box(0.3, 0.9))
+    if name == "ring":
+        return abs(disc(0.68)) - 0.25
+    if name == "crescent":
+        return np.maximum(disc(0.95), -disc(0.8, 0.5))
+    if name == "heart":
+        # A square on its corner, and a disc on each of its upper sides.
+        diamond = (abs(x) + abs(y - 0.1)) / np.sqrt(2) - 0.58
+        return np.minimum.reduce([diamond, disc(0.58, -0.41, -0.31), disc(0.58, 0.41, -0.31)])
+    if name == "arrow":
+        head = np.maximum((abs(x) * 0.77 - (y + 1.0) * 0.64), y - 0.05)
+        return np.minimum(head, box(0.27, 0.5, 0.45))
+    if name == "hourglass":
+        return np.maximum((abs(x) - abs(y) * 0.85 - 0.1) * 0.76, abs(y) - 0.85)
+
+
+def hsv_to_rgb(h, s, v):
+    """Hue, saturation, value in [0, 1], each (B, 1, 1, 1) -> (B, 3, 1, 1) float32 in [0, 1]."""
+    k = (np.array([5, 3, 1])[:, None, None] + h * 6) % 6
+    return (v * (1 - s * np.clip(np.minimum(k, 4 - k), 0, 1))).astype(np.float32)
+
+
+class Shapes:
+    """Drawn images without end: image i depends on (split, i) alone, class = i mod 10."""
+    class_names = list(SHAPES)
+
+    def __init__(self, split, image_size):
+        self.split = split
+        self.image_size = image_size
+        # Train and val never share a random stream.
+        self.first_stream = (split == "val") * 2 ** 40
+        self.size = 10_000 if split == "val" else 1_000_000
 
     def __len__(self):
-        return self.shape[0]
+        return self.size
 
-    def batch(self, indices):
-        pixels = bytearray()
-        size = math.prod(self.shape[1:])
-        with reading_npz(self.path):
-            for i in indices.tolist():
-                self.file.seek(self.start + i * size)
-                pixels += self.file.read(size)
-        images = torch.frombuffer(pixels, dtype=torch.uint8).view(-1, *self.shape[1:])
-        return images.permute(0, 3, 1, 2), None
+    def fingerprint(self):
+        return f"shapes {self.split} {self.image_size}"
+
+    def batch(self, indices, crops=None):
+        """indices (B,) -> uint8 images (B, 3, S, S), labels (B,) long."""
+        indices = torch.as_tensor(indices)
+        labels = indices % len(SHAPES)
+        u = uniforms(self.first_stream + indices, 16).numpy().astype(np.float32)
+        u = u.T[:, :, None, None, None]                                     # 16 of (B, 1, 1, 1)
+        axis = (np.arange(self.image_size, dtype=np.float32) + 0.5) * 2 / self.image_size - 1
+        X, Y = axis[None, :], axis[:, None]                                 # pixel centres
+
+        # The shape's frame has its own centre and radius, and is turned by up to 9 degrees. A
+        # crescent may also open to the other side.
+        crescent = (labels == SHAPES.index("crescent")).numpy()[:, None, None, None]
+        angle = (u[0] - 0.5) * np.pi / 10 + np.pi * (crescent & (u[1] < 0.5))
+        cos, sin = np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
+        radius = 0.68 + 0.12 * u[2]
+        dx = X - (0.2 * u[3] - 0.1)
+        dy = Y - (0.2 * u[4] - 0.1)
+        x = (dx * cos + dy * sin) / radius
+        y = (dy * cos - dx * sin) / radius
+        distance = np.empty(x.shape, np.float32)                            # pixels
+        for label, name in enumerate(SHAPES):
+            rows = np.flatnonzero(labels == label)
+            pixels = radius[rows] * (self.image_size / 2)
+            distance[rows] = shape_distance(name, x[rows], y[rows]) * pixels
+        inside = np.clip(0.5 - distance, 0, 1)
+        line_width = 0.7 * self.image_size / 32                             # 1.4 px at 32
+        line = np.clip(0.5 + line_width - abs(distance), 0, 1)
+
+        # A pale or dark background, a saturated fill of another hue, an outline in contrast.
+        dark = u[5] < 0.5
+        value = np.where(dark, 0.12 + 0.2 * u[6], 0.75 + 0.2 * u[6])
+        saturation = 0.25 + 0.35 * u[8]
+        corner_a = hsv_to_rgb(u[7], saturation, value)
+        corner_b = hsv_to_rgb(u[7] + 0.3 * u[9] - 0.15, saturation,
+                              value + np.where(dark, 0.2, -0.2))
+        fill = hsv_to_rgb(u[7] + 0.25 + 0.5 * u[10], 0.75 + 0.25 * u[11],
+                          np.where(dark, 1.0, 0.8))
+        outline = np.where(dark, 0.97, 0.08).astype(np.float32)
+
+        # The background goes from the colour of one corner to that of the other.
+        slope = 2 * np.pi * u[13]
+        drift = np.clip(0.5 + 0.4 * (X * np.cos(slope) + Y * np.sin(slope)), 0, 1)
+        image = corner_a + (corner_b - corner_a) * drift
+        image += (fill * self.texture(x * radius, y * radius, u) - image) * inside
+        image += (outline - image) * line
+        return torch.from_numpy(np.rint(image * 255).clip(0, 255).astype(np.uint8)), labels
+
+    def texture(self, x, y, u):
+        """Shade of the fill: plain, stripes, checks or dots of a fixed period."""
+        period = 0.3                                             # 4.8 px at 32 px
+        across = np.sin(x * (2 * np.pi / period))
+        down = np.sin(y * (2 * np.pi / period))
+        kind = np.floor(4 * u[12])
+        pattern = np.select([kind == 1, kind == 2, kind == 3],
+                            [down, 1.6 * across * down, across + down - 0.5])
+        return np.where(kind == 0, 1, 0.78 + 0.22 * np.clip(2 * pattern, -1, 1))
 
 
-class ImageFiles:
-    """All images below a folder in sorted order, decoded by threads as in training, but not
-    cropped: they must have one size."""
+# -------------------------------------------------------------------------------------------------
+# CIFAR, from the official binary archives (no pickles)
 
-    def __init__(self, folder, workers):
-        self.files = images_below(folder)
-        if not self.files:
-            raise UserError(f"{folder} has 0 images below it: name a folder of images, or an .npz")
-        self.shape = decode_image(self.files[0]).shape      # (H, W, 3)
-        self.pool = ThreadPoolExecutor(max(1, workers))
+CIFAR_URL = "https://www.cs.toronto.edu/~kriz/"
+CIFAR = {
+    "cifar10": dict(
+        archive="cifar-10-binary.tar.gz", folder="cifar-10-batches-bin",
+        sha256="c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd",
+        train=[f"data_batch_{i}.bin" for i in range(1, 6)], val=["test_batch.bin"],
+        label_bytes=1, names="batches.meta.txt"),
+    "cifar100": dict(
+        archive="cifar-100-binary.tar.gz", folder="cifar-100-binary",
+        sha256="58a81ae192c23a4be8b1804d68e518ed807d710a4eb253b1f2a199162a40d8ec",
+        train=["train.bin"], val=["test.bin"],
+        label_bytes=2, names="fine_label_names.txt"),            # a coarse label comes first
+}
+
+
+def open_cifar(name, data_dir, image_size):
+    """(train, val) of CIFAR-10 or CIFAR-100; val is the official test set."""
+    if image_size != 32:
+        raise UserError(f"{name} images are 32 px, --image-size is {image_size}: give "
+                        f"--image-size 32")
+    about = CIFAR[name]
+    root = data_dir / about["folder"]
+    if not root.is_dir():
+        archive = download(CIFAR_URL + about["archive"], data_dir, about["sha256"])
+        # Unpacked elsewhere, then renamed: an interrupted one leaves no half of a data set.
+        with tempfile.TemporaryDirectory(dir=data_dir) as elsewhere:
+            with tarfile.open(archive) as tar:
+                tar.extractall(elsewhere, filter="data")
+            os.replace(Path(elsewhere) / about["folder"], root)
+    class_names = (root / about["names"]).read_text().split()
+    return [InMemory([root / file for file in about[split]], about["label_bytes"], class_names)
+            for split in ("train", "val")]
+
+
+class InMemory:
+    """The images of binary files: of each image its labels, the last one counts, then 3 x 32 x 32
+    bytes."""
+
+    def __init__(self, paths, label_bytes, class_names):
+        self.class_names = class_names
+        records = np.concatenate([np.fromfile(path, np.uint8) for path in paths])
+        self.records = records.reshape(-1, label_bytes + 3072)
+        self.labels = torch.from_numpy(self.records[:, label_bytes - 1].astype(np.int64))
+        self.images = torch.from_numpy(self.records[:, label_bytes:].reshape(-1, 3, 32, 32))
+
+    def __len__(self):
+        return len(self.labels)
+
+    def fingerprint(self):
+        return hashlib.sha256(self.records).hexdigest()[:16]
+
+    def batch(self, indices, crops=None):
+        indices = torch.as_tensor(indices)
+        return self.images[indices], self.labels[indices]
+
+
+def download(url, folder, sha256=None, name=None):
+    """The path of a file from the web, fetched once; sha256: its hash, or how that begins."""
+    path = Path(folder) / (name or url.rsplit("/", 1)[1])
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            torch.hub.download_url_to_file(url, str(path), sha256)
+        except OSError as error:
+            raise UserError(f"cannot download {url} ({error}): fetch it elsewhere, and put it at "
+                            f"{path}")
+    return path
+
+
+# -------------------------------------------------------------------------------------------------
+# folders of images: train/ and val/ inside, or one folder per class, or images alone (one class)
+
+EXTENSIONS = {".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+HELD_OUT = "val", "valid", "validation", "test"  # names of a held-out folder, the best first
+KAGGLE = "Data/CLS-LOC", "ILSVRC/Data/CLS-LOC"   # where Kaggle's ImageNet has train and val
+
+
+def open_folder(root, image_size, workers):
+    """(train, val) of a folder. Class names are its folders', in words where ImageNet has some."""
+    root = next((root / place for place in KAGGLE if (root / place).is_dir()), root)
+    folders = list_folders(root)
+    held_out = [name for name in HELD_OUT if name in folders]
+    # Beside other folders and without a held-out one, "train" is a class, such as of vehicles.
+    if "train" in folders and (held_out or folders == ["train"]):
+        train = list_classes(root / "train", root.name)
+    else:
+        train = list_classes(root, root.name)
+        held_out = []
+    if held_out:
+        val = list_classes(root / held_out[0], root.name)
+    else:
+        train, val = hold_out(root, train)
+
+    if list(val) == [root.name] and len(train) > 1:              # Kaggle's val has no folders
+        solution = read_table(root, "LOC_val_solution.csv", ",")
+        files = val[root.name]
+        val = {name: [] for name in train}
+        for file in files:
+            val.setdefault(solution.get(Path(file).stem, "?").split()[0], []).append(file)
+    if val.keys() != train.keys():
+        odd = sorted(val.keys() ^ train.keys())
+        raise UserError(f"{root}: {len(train)} classes in train and {len(val)} in val, {len(odd)} "
+                        f"of them in one only (first: {odd[0]}): make them the same, each image "
+                        f"in its class's folder")
+
+    used = sum(len(files) for files in [*train.values(), *val.values()])
+    left_out = sum(len(names) for _, _, names in os.walk(root)) - used
+    if left_out > 0:
+        print(f"{root}: {left_out} files beside the {used} images are left out")
+    words = read_table(root, "LOC_synset_mapping.txt", " ")
+    names = [f"{words[name]} ({name})" if name in words else name for name in train]
+    return (Folder(root, list(train.values()), image_size, workers, names),
+            Folder(root, list(val.values()), image_size, workers, names))
+
+
+def visible(name):
+    """Not left behind by another program, such as .DS_Store and __MACOSX."""
+    return not name.startswith((".", "__MACOSX"))
+
+
+def list_folders(folder):
+    return [name for name in sorted(os.listdir(folder))
+            if visible(name) and (folder / name).is_dir()]
+
+
+def list_classes(folder, alone):
+    """{class name: files}: sub-folders are classes; images alone are one class, named `alone`."""
+    places = {name: folder / name for name in list_folders(folder)} or {alone: folder}
+    return {name: images_below(place) for name, place in places.items()}
+
+
+def images_below(folder):
+    """Paths of all image files below a folder, sorted, so that image i is the same everywhere."""
+    files = []
+    for where, folders, names in os.walk(folder):
+        folders[:] = filter(visible, folders)
+        files += [os.path.join(where, name) for name in filter(visible, names)
+                  if os.path.splitext(name)[1].lower() in EXTENSIONS]
+    if not files:
+        raise UserError(f"{folder} has 0 images ({' '.join(sorted(EXTENSIONS))}): add some or "
+                        f"remove it")
+    return sorted(files)
+
+
+def read_table(root, name, separator):
+    """{first word: the rest} of the lines of a file of ImageNet's, in a folder or above it."""
+    for place in (root, *root.resolve().parents[:3]):
+        if (place / name).is_file():
+            parts = [line.partition(separator) for line in open(place / name, encoding="utf-8")]
+            return {first: rest.strip() for first, _, rest in parts if rest.strip()}
+    return {}
+
+
+def hold_out(root, classes):
+    """(train, val), each {class name: files}; val gets about 5 % of the files, at least one.
+
+    A hash of its name decides about each file, so that a new file changes nothing for the others.
+    """
+    def number(file):
+        name = Path(file).relative_to(root).as_posix()
+        return int(hashlib.sha256(name.encode()).hexdigest(), 16) % 10_000
+
+    # Each class keeps a file for training, unless there is just one per class.
+    chosen = set()
+    for files in classes.values():
+        chosen.update([file for file in files if number(file) < 500][:len(files) - 1])
+    if not chosen:
+        every = sorted(chain.from_iterable(classes.values()), key=number)
+        if len(every) < 2:
+            raise UserError(f"{root} has one image, and one is held out for validation: add more")
+        chosen.update(every[:max(1, len(every) // 20)])
+    print(f"{root} has no folder {' or '.join(HELD_OUT)}: {len(chosen)} images, about 5 %, are "
+          f"held out by a hash of their names")
+    train = {name: [f for f in files if f not in chosen] for name, files in classes.items()}
+    val = {name: [f for f in files if f in chosen] for name, files in classes.items()}
+    return train, val
+
+
+class Folder:
+    """Image files by class, decoded and cropped when a batch asks for them, by a few threads.
+
+    image_size None: whole pictures, which must have one size.
+    """
+
+    def __init__(self, root, files_by_class, image_size, workers, class_names=None):
+        self.root = root
+        self.class_names = class_names
+        self.files = list(chain.from_iterable(files_by_class))
+        counts = torch.tensor([len(files) for files in files_by_class])
+        self.labels = torch.arange(len(counts)).repeat_interleave(counts)
+        self.image_size = image_size
+        self.broken = set()
+        self.pool = ThreadPoolExecutor(max(1, workers))          # Pillow decodes outside the lock
 
     def __len__(self):
         return len(self.files)
 
-    def batch(self, indices):
-        files = [self.files[i] for i in indices]
-        images = list(self.pool.map(decode_image, files))
-        for file, image in zip(files, images):
-            if image.shape != self.shape:
-                H, W, _ = image.shape
-                raise UserError(f"{file} is {W} x {H} px, {self.files[0]} is {self.shape[1]} x "
-                                f"{self.shape[0]} px: bring all to one size")
-        return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2), None
+    def fingerprint(self):
+        """Of names, sizes, times of change and labels: editing or exchanging files changes it."""
+        digest = hashlib.sha256()
+        for file, label in zip(self.files, self.labels.tolist()):
+            about = os.stat(file)
+            name = os.path.relpath(file, self.root)
+            digest.update(f"{label} {name} {about.st_size} {about.st_mtime_ns}\n".encode())
+        return digest.hexdigest()[:16]
+
+    def load(self, i, crop):
+        """(pixels (S, S, 3), label) of file i, or of the next one that is not broken."""
+        for number in [*range(i, len(self)), *range(i)]:
+            try:
+                pixels = decode_image(self.files[number], self.image_size, crop)
+                return pixels, self.labels[number]
+            except UserError as error:
+                if number not in self.broken:
+                    self.broken.add(number)
+                    print(f"{error}: the next image stands in", file=sys.stderr)
+        raise UserError(f"{self.root}: none of its {len(self)} images can be read")
+
+    def batch(self, indices, crops=None):
+        """crops (B, 3): scale, y, x of any_crop; None crops at the centre."""
+        indices = torch.as_tensor(indices).tolist()
+        crops = [None] * len(indices) if crops is None else crops.tolist()
+        images, labels = zip(*self.pool.map(self.load, indices, crops))
+        images = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
+        return images.contiguous(), torch.stack(labels)
+
+
+# -------------------------------------------------------------------------------------------------
+# networks that compare images: LPIPS, and small classifiers
+
+VGG_URL = "https://download.pytorch.org/models/vgg16-397923af.pth"
+LPIPS_URL = ("https://raw.githubusercontent.com/richzhang/PerceptualSimilarity/master/lpips/"
+             "weights/v0.1/vgg.pth")
+
+
+def load_perceptual(train, val, image_size, args, job):
+    """The perceptual distance between two batches of images, as --perceptual-net says, or None."""
+    path = args.perceptual_net
+    if path == "classifier" and len(train.class_names) == 1:
+        print("a classifier learns nothing from one class, so there is no perceptual loss; "
+              "--perceptual-net vgg would be one")
+        return None
+
+    def load():
+        if path == "vgg":
+            return load_lpips(job.device)
+        file = args.out / "perceptual.pt" if path == "classifier" else Path(path)
+        return ClassifierDistance(
+            load_classifier(file, PERCEPTUAL, args.data, (train, val), image_size, job))
+    return first_rank_first(load, job)
+
+
+def feature_distance(taps_a, taps_b, weights):
+    """LPIPS of two lists of features (B, C, H, W): the sum of the mean squared differences of unit
+    features, weighted per channel -> (B,)."""
+    total = 0
+    for a, b, weight in zip(taps_a, taps_b, weights):
+        difference = (unit_features(a) - unit_features(b)).square() * weight
+        total = total + difference.sum(1).mean((1, 2))
+    return total
+
+
+def unit_features(x):
+    """Features (B, C, H, W), divided by their length over the channels."""
+    x = x.float()
+    # The 1e-20 keeps the gradient of the root finite where all channels are 0.
+    return x / ((x.square().sum(1, keepdim=True) + 1e-20).sqrt() + 1e-10)
+
+
+class LPIPS(nn.Module):
+    """LPIPS v0.1 with VGG16 (Zhang et al. 2018): two batches (B, 3, H, W) in [-1, 1] -> (B,)."""
+    stages = (64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512)
+
+    def __init__(self):
+        super().__init__()
+        layers, channels = [], 3
+        for stage in self.stages:                # the layers are numbered as torchvision's
+            for width in stage:
+                layers += [nn.Conv2d(channels, width, 3, padding=1), nn.ReLU()]
+                channels = width
+            layers.append(nn.MaxPool2d(2))
+        self.features = nn.Sequential(*layers[:-1])
+        self.lin = nn.ParameterList(torch.zeros(stage[-1]) for stage in self.stages)
+        shift = torch.tensor([-.030, -.088, -.188]).view(3, 1, 1)
+        scale = torch.tensor([.458, .448, .450]).view(3, 1, 1)
+        self.register_buffer("shift", shift, persistent=False)
+        self.register_buffer("scale", scale, persistent=False)
+
+    def taps(self, x):
+        """Features after relu1_2, 2_2, 3_3, 4_3 and 5_3."""
+        x = ((x - self.shift) / self.scale).contiguous(memory_format=torch.channels_last)
+        for layer in self.features:
+            if isinstance(layer, nn.MaxPool2d):
+                yield x
+            x = layer(x)
+        yield x
+
+    def forward(self, a, b):
+        weights = [weight.view(-1, 1, 1) for weight in self.lin]
+        return feature_distance(self.taps(a), self.taps(b), weights)
+
+
+def load_lpips(device="cpu"):
+    """LPIPS with the published weights, downloaded once (VGG16: 528 MB)."""
+    trunk, layers = (
+        torch.load(download(url, weights_folder(), sha256, name), map_location="cpu",
+                   weights_only=True)
+        for url, sha256, name in ((VGG_URL, "397923af", None),
+                                  (LPIPS_URL, None, "lpips-v0.1-vgg.pth")))
+    model = LPIPS()
+    model.features.load_state_dict({name.removeprefix("features."): weight for name, weight in
+                                    trunk.items() if name.startswith("features.")})
+    model.lin.load_state_dict({name[3]: weight.flatten()         # lin0.model.1.weight ...
+                               for name, weight in layers.items()})
+    return model.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+
+
+def weights_folder():
+    """Where PyTorch keeps downloaded weights; TORCH_HOME moves it."""
+    return Path(torch.hub.get_dir()) / "checkpoints"
+
+
+class Classifier(nn.Module):
+    """Small residual network: uint8 (B, 3, S, S) -> features (B, C), None, logits (B, classes).
+
+    Trained on the data set at hand, so nothing is downloaded. evaluate.py measures with one of
+    these (JUDGE), and another one may serve in the perceptual loss (PERCEPTUAL). They differ in
+    size and seed, because a loss must not be its own judge.
+    """
+
+    def __init__(self, num_classes, widths):
+        super().__init__()
+
+        def conv(channels_in, channels, stride=1):
+            return nn.Sequential(nn.Conv2d(channels_in, channels, 3, stride, 1, bias=False),
+                                 nn.BatchNorm2d(channels), nn.ReLU(inplace=True))
+
+        self.stem = conv(3, widths[0])
+        self.down = nn.ModuleList(conv(a, b, stride=2) for a, b in zip(widths, widths[1:]))
+        self.residual = nn.ModuleList(conv(width, width) for width in widths[1:])
+        self.head = nn.Linear(widths[-1], num_classes)
+
+    def taps(self, x):
+        """Images in [-1, 1] -> features (B, C, S/2^i, S/2^i) of each scale i."""
+        features = [self.stem(x.contiguous(memory_format=torch.channels_last))]
+        for down, residual in zip(self.down, self.residual):
+            x = down(features[-1])
+            features.append(x + residual(x))
+        return features
+
+    def forward(self, images):
+        features = self.taps(to_float(images))[-1].mean((2, 3))
+        return features, None, self.head(features)
+
+
+class ClassifierDistance(nn.Module):
+    """As LPIPS, with a Classifier's features and equal weights: two batches in [-1, 1] -> (B,)."""
+
+    def __init__(self, classifier):
+        super().__init__()
+        self.classifier = classifier
+
+    def forward(self, a, b):
+        return feature_distance(self.classifier.taps(a), self.classifier.taps(b), repeat(1.0))
+
+
+JUDGE = dict(widths=(32, 48, 96, 192), seed=0)
+PERCEPTUAL = dict(widths=(32, 64, 128, 128), seed=1)
+
+
+def load_classifier(path, kind, data_name, data, image_size, job):
+    """The classifier in a file, of kind JUDGE or PERCEPTUAL; trained and kept when absent.
+
+    data: (train, val), or None when the file tells all.
+    """
+    if data:
+        train, val = data
+        # A folder may be moved: its own name and its classes count.
+        about = dict(data=Path(data_name).name, image_size=image_size, classes=train.class_names,
+                     **kind)
+    if data and not path.exists():
+        print(f"training a classifier of {data_name} for {path}, minutes on a CPU")
+        model, accuracy = train_classifier(train, val, device=job.device, **kind)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_checkpoint(path, "classifier", **about, accuracy=accuracy, model=model.state_dict())
+    saved = read_checkpoint(path, "classifier")
+    saved["data"] = Path(saved["data"]).name
+    for name, value in about.items() if data else ():
+        if saved[name] != value:
+            raise UserError(f"{path} is of {name} {saved[name]}, this run needs {value}: delete "
+                            f"it, or name another file")
+    model = Classifier(len(saved["classes"]), saved["widths"])
+    model.load_state_dict(saved["model"])
+    print(f"{path}: test accuracy {saved['accuracy']:.1%}")
+    model.to(job.device, memory_format=torch.channels_last)
+    return model.eval().requires_grad_(False)
+
+
+def train_classifier(train, val, widths, seed, device, steps=3000, batch_size=128):
+    """(classifier, accuracy on held-out images), trained from scratch: minutes on a CPU."""
+    torch.manual_seed(seed)
+    model = Classifier(len(train.class_names), widths)
+    model = model.to(device, memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-3, total_steps=steps)
+    for step in tqdm(range(steps), desc="training the classifier", disable=None):
+        torch.manual_seed(step_seed(seed, step))
+        images, labels = train.batch(batch_indices(len(train), batch_size, step, seed))
+        _, _, logits = model(augment(images).to(device))
+        F.cross_entropy(logits, labels.to(device), label_smoothing=0.1).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+
+    model.eval()
+    hits = []
+    for chosen in torch.arange(min(len(val), 10_000)).split(500):
+        images, labels = val.batch(chosen)
+        with torch.no_grad():
+            _, _, logits = model(images.to(device))
+        hits.append(logits.argmax(-1).cpu() == labels)
+    return model, torch.cat(hits).double().mean().item()
+
+
+def augment(images):
+    """Random mirror images, and shifts of up to an eighth of the side, of a batch (B, 3, S, S)."""
+    B, _, S, _ = images.shape
+    pad = S // 8
+    mirrored = torch.rand(B, 1, 1, 1) < 0.5
+    images = torch.where(mirrored, images.flip(-1), images)
+    images = F.pad(images.float(), (pad, pad, pad, pad), mode="reflect")
+    rows = torch.randint(2 * pad + 1, (B, 1)) + torch.arange(S)                    # (B, S)
+    columns = torch.randint(2 * pad + 1, (B, 1)) + torch.arange(S)
+    image = torch.arange(B)[:, None, None]
+    return images[image, :, rows[:, :, None], columns[:, None]].permute(0, 3, 1, 2)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -881,25 +1311,15 @@ class ImageFiles:
 
 INCEPTION_URL = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
                  "pt_inception-2015-12-05-6726825d.pth")
-INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 
 
 def load_inception(path=None, device="cpu"):
     """InceptionV3 with the published weights, from a file or downloaded once (95 MB)."""
-    if path is None:
-        path = download(INCEPTION_URL, weights_folder() / INCEPTION_URL.rsplit("/", 1)[1],
-                        INCEPTION_SHA256, "name a copy by --inception")
+    path = path or download(INCEPTION_URL, weights_folder(), "6726825d")
     model = InceptionV3()
-    weights = read_weights(path, "file of Inception weights")
-    # Older files lack these counters, which nothing reads in eval mode.
-    counters = {k: v for k, v in model.state_dict().items() if k.endswith("num_batches_tracked")}
-    load_weights(model, counters | weights, path)
-
-    # Batch norm becomes part of the convolution before it: the same function in less time.
-    for module in model.modules():
-        if isinstance(module, ConvBN):
-            module.conv = fuse_conv_bn_eval(module.conv, module.bn)
-            module.bn = nn.Identity()
+    model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+    # cuDNN convolves in float32. Its default, TF32, keeps 10 bits of each number.
+    torch.backends.cudnn.conv.fp32_precision = "ieee"
     return model.to(device, memory_format=torch.channels_last).requires_grad_(False)
 
 
@@ -941,32 +1361,19 @@ class InceptionV3(nn.Module):
     def forward(self, images):
         x = (tf1_resize(images, 299) - 128) / 128                       # (B, 3, 299, 299)
         x = x.contiguous(memory_format=torch.channels_last)
-        with float32_convolutions():
-            x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))
-            x = F.max_pool2d(x, 3, 2)                                   # (B, 64, 73, 73)
-            x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(x))
-            x = F.max_pool2d(x, 3, 2)                                   # (B, 192, 35, 35)
-            x = self.Mixed_5d(self.Mixed_5c(self.Mixed_5b(x)))          # (B, 288, 35, 35)
-            x = self.Mixed_6c(self.Mixed_6b(self.Mixed_6a(x)))          # (B, 768, 17, 17)
-            x = self.Mixed_6d(x)
-            # Seven channels of its branch1x1, flattened in TensorFlow's order: NHWC.
-            spatial = x[:, :7].permute(0, 2, 3, 1).flatten(1)           # (B, 2023)
-            x = self.Mixed_7a(self.Mixed_6e(x))                         # (B, 1280, 8, 8)
-            x = self.Mixed_7c(self.Mixed_7b(x))                         # (B, 2048, 8, 8)
+        x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))
+        x = F.max_pool2d(x, 3, 2)                                   # (B, 64, 73, 73)
+        x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(x))
+        x = F.max_pool2d(x, 3, 2)                                   # (B, 192, 35, 35)
+        x = self.Mixed_5d(self.Mixed_5c(self.Mixed_5b(x)))          # (B, 288, 35, 35)
+        x = self.Mixed_6c(self.Mixed_6b(self.Mixed_6a(x)))          # (B, 768, 17, 17)
+        x = self.Mixed_6d(x)
+        # Seven channels of its branch1x1, flattened in TensorFlow's order: NHWC.
+        spatial = x[:, :7].permute(0, 2, 3, 1).flatten(1)           # (B, 2023)
+        x = self.Mixed_7a(self.Mixed_6e(x))                         # (B, 1280, 8, 8)
+        x = self.Mixed_7c(self.Mixed_7b(x))                         # (B, 2048, 8, 8)
         pool3 = x.mean((2, 3))                                          # (B, 2048)
         return pool3, spatial, pool3 @ self.fc.weight.T
-
-
-@contextmanager
-def float32_convolutions():
-    """Within it cuDNN convolves in float32. Its default, TF32, keeps 10 bits of each number."""
-    convolutions = torch.backends.cudnn.conv
-    before = convolutions.fp32_precision
-    convolutions.fp32_precision = "ieee"
-    try:
-        yield
-    finally:
-        convolutions.fp32_precision = before
 
 
 def tf1_resize(images, size):
@@ -1071,78 +1478,47 @@ def mixed_7(channels, pool):
 # -------------------------------------------------------------------------------------------------
 # line charts
 
-COLOURS = ("#1f5fa8", "#d1495b", "#2e933c", "#8d5fd3", "#e08e1b", "#555555", "#17a2b8", "#a0522d",
-           "#c71585", "#9acd32")
+COLOURS = "#1f5fa8", "#d1495b", "#2e933c", "#8d5fd3", "#e08e1b", "#555555", "#17a2b8", "#a0522d"
 
 
-def save_charts(path, charts, explanation):
+def save_charts(path, charts):
     """PNG of charts side by side."""
     save_picture(path, Image.fromarray(np.hstack(charts)))
-    print(f"saved {path}. {explanation}")
+    print(f"saved {path}")
 
 
-def line_chart(title, rows, x_column, columns, log=False):
-    """Pillow picture: columns of the rows against another; log: whether x has a log scale."""
-    lines = {}
-    for column in columns:
-        points = [(row[x_column], row[column]) for row in rows
-                  if row.get(column) is not None and math.isfinite(row[column])]
-        if points:
-            lines[column] = points
-    xs = sorted(row[x_column] for row in rows)
-    ys = [y for points in lines.values() for _, y in points]
-    margin = 0.05 * (max(ys) - min(ys)) or 1
-    low, high = min(ys) - margin, max(ys) + margin
-    scale = math.log2 if log else float
-    left, right, bottom = 96, 808, 540
-    top = 104 + 30 * ((len(lines) - 1) // 3)               # below the legend, three names a row
+def line_chart(title, rows, x_column, columns):
+    """Pillow picture of columns of a table; the rows stand at equal distances on the x axis."""
+    width, height = 840, 620                                # twice as large as a page shows it
+    left, right, top, bottom = 96, 808, 164, 540
+    values = [row[column] for row in rows for column in columns if row[column] is not None]
+    low, high = min(values), max(values)
+    step = (right - left) / max(len(rows) - 1, 1)
 
-    def x_pixel(x):
-        return np.interp(scale(x), [scale(xs[0]), scale(xs[-1])], [left, right])
+    def y_pixel(value):
+        return bottom - (bottom - top) * (value - low) / (high - low or 1)
 
-    def y_pixel(y):
-        return np.interp(y, [low, high], [bottom, top])
-
-    picture = Image.new("RGB", (840, 620), "white")         # twice as large as a page shows it
+    picture = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(picture)
     draw.font = ImageFont.load_default(size=22)
     draw.text((left, 24), title, fill="black", anchor="lm")
     draw.text(((left + right) / 2, 608), x_column, fill="black", anchor="mb")
-    for y in ticks(low, high):
-        draw.line([(left, y_pixel(y)), (right, y_pixel(y))], fill="#dddddd", width=2)
-        draw.text((left - 12, y_pixel(y)), f"{y:g}", fill="black", anchor="rm")
+    for value in np.linspace(low, high, 6):
+        draw.line([(left, y_pixel(value)), (right, y_pixel(value))], fill="#dddddd", width=2)
+        draw.text((left - 12, y_pixel(value)), f"{value:.3g}", fill="black", anchor="rm")
+    for i in range(0, len(rows), math.ceil(len(rows) / 10)):
+        label = str(rows[i][x_column])
+        draw.text((left + i * step, bottom + 14), label, fill="black", anchor="mt")
 
-    # On a log scale the values themselves, 1, 2, 4 ..., are the round numbers. Labels are written
-    # from right to left, without those that would overlap the one before.
-    draw.line([(left, bottom), (right, bottom)], fill="black", width=2)
-    free = math.inf                                 # a label must end before this pixel
-    for x in reversed(xs if log else ticks(xs[0], xs[-1], 8)):
-        centre, half = x_pixel(x), draw.textlength(f"{x:g}") / 2
-        draw.line([(centre, bottom), (centre, bottom + 8)], fill="black", width=2)
-        if centre + half < free:
-            draw.text((centre, bottom + 14), f"{x:g}", fill="black", anchor="mt")
-            free = centre - half - 6
-
-    for number, (name, points) in enumerate(lines.items()):
+    for number, column in enumerate(columns):
         colour = COLOURS[number % len(COLOURS)]
-        x, y = left + 240 * (number % 3), 64 + 30 * (number // 3)       # of its legend
+        x, y = left + 240 * (number % 3), 64 + 30 * (number // 3)       # three names a row
         draw.line([(x, y), (x + 18, y)], fill=colour, width=6)
-        draw.text((x + 24, y), name, fill="black", anchor="lm")
-        pixels = [(x_pixel(x), y_pixel(y)) for x, y in points]
-        draw.line(pixels, fill=colour, width=4, joint="curve")
-        for x, y in pixels:
-            draw.ellipse([x - 5, y - 5, x + 5, y + 5], fill=colour)
+        draw.text((x + 24, y), column, fill="black", anchor="lm")
+        points = [(left + i * step, y_pixel(row[column]))
+                  for i, row in enumerate(rows) if row[column] is not None]
+        draw.line(points, fill=colour, width=4, joint="curve")
     return picture
-
-
-def ticks(low, high, most=6):
-    """At most so many round numbers from low to high: ticks(-31, 8) = [-30, -20, -10, 0]."""
-    raw = (high - low) / most or 1
-    power = 10.0 ** math.floor(math.log10(raw))
-    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= raw)
-    first = math.ceil(low / step - 1e-9)
-    last = math.floor(high / step + 1e-9)
-    return [i * step for i in range(first, last + 1)]
 
 
 if __name__ == "__main__":

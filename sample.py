@@ -7,52 +7,40 @@
   python sample.py --upscale photo.jpg --keep 4      # keep its first 4 tokens, sample the others
   torchrun --nproc-per-node 8 -- sample.py --npz samples.npz --num 50000   # for evaluate.py
 
-Image i of a seed has random numbers of its own. On an Intel CPU its bytes are the same for any
---batch-size, number of threads and number of processes. Elsewhere rounding may move a pixel by one
-level, and once in a while change a code. An .npz that was stopped goes on where it was, when the
-same command is given again.
+Image i of a seed has random numbers of its own, whatever the batch size and the number of
+processes. Rounding may still differ between them: it may move a pixel by one level, and once in a
+while change a code. Below the pictures stands what the later files use too: image files in, grids
+of images out.
 """
 import argparse
-import difflib
-import json
-import math
 import os
 import re
-import sys
-import time
 from pathlib import Path
 
-from spectralar import (UserError, code_fingerprint, fingerprint, guidance_scale, load_generator,
-                        load_tokenizer, wrap64)
+from spectralar import (Help, UserError, autocast, barrier, base_parser, code_fingerprint,
+                        load_generator, load_tokenizer, one_line, parse_flags, run_script,
+                        start_job, to_float, to_uint8, whole_file, wrap64)
 
 import numpy as np
 import torch
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
-
-from train_gpt import (claim_files, open_records, unfinished, write_note, write_records)
-from train_tokenizer import (autocast, barrier, base_parser, decode_image, duration, finish_args,
-                             image_grid, join_ranks, make_writable, run_script,
-                             save_image_grid, save_picture, spread_levels, to_float, to_uint8,
-                             versions)
-
-SCHEDULES = "constant", "linear", "power-cosine"
 
 
 def parse_args(argv=None):
-    parser, _ = base_parser(__doc__, argv)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help,
+                                     parents=[base_parser()], allow_abbrev=False)
     group = parser.add_argument_group("what to draw")
     add = group.add_argument
-    add("--classes", nargs="+",
-        help="numbers, from 0, folder names (wnids) or parts of names (default: all; in a picture "
-             "at most ten, evenly spread)")
-    add("--num", type=int,
-        help="images, shared evenly among the classes (default: 8 per class; --progressive: 1; "
-             "--npz: 50,000)")
+    add("--classes", nargs="+", help="numbers, from 0, folder names (wnids) or parts of names; "
+        "all where none is given, in a picture at most ten, evenly spread")
+    add("--num", type=int, help="images, shared evenly among the classes; where none is given, 8 "
+        "per class, with --progressive 1, with --npz 50,000 in all")
     add("--batch-size", type=int, default=64, help="images at a time: more are faster")
     add("--gif", action=argparse.BooleanOptionalAction, default=False,
         help="an animation too, token by token")
-    add("--keep", type=int, help="of --upscale: tokens of the image to keep (default: a quarter)")
-    add("--overwrite", action="store_true", help="of --npz: replace the file")
+    add("--keep", type=int, help="of --upscale: tokens of the image to keep; a quarter where none "
+        "is given")
     add = group.add_mutually_exclusive_group().add_argument
     add("--progressive", action=argparse.BooleanOptionalAction, default=False,
         help="one row per image, with more tokens from left to right")
@@ -61,26 +49,16 @@ def parse_args(argv=None):
              "shows (without it, sampling is unconditional)")
     add("--npz", metavar="FILE", type=Path,
         help="write images for evaluation, of balanced classes in shuffled order")
-    add("--list-classes", action="store_true", help="print the classes and leave")
     add_sampling_flags(parser)
-    args = finish_args(parser, parser.parse_args(argv))
-    check_sampling_flags(parser, args)
-    if args.keep is not None and not args.upscale:
-        parser.error("--keep is of --upscale IMAGE: name one")
-    if args.gif and args.npz:
-        parser.error("--gif animates pictures, --npz makes none: leave one out")
-    return args
+    return parse_flags(parser, argv)
 
 
 def main(args):
-    job = sampling_job(args)
+    job = start_job(args)
     if job.rank and not args.npz:                # pictures need one process alone
         return
     gpt, tokenizer, names = load_models(args, job)
-    if args.list_classes:
-        for c, name in enumerate(names):
-            print(f"{c:4d}  {name}")
-    elif args.npz:
+    if args.npz:
         write_npz(gpt, tokenizer, choose_classes(args, names), args, job)
     elif args.upscale:
         upscale(gpt, tokenizer, names, args, job)
@@ -115,8 +93,8 @@ def draw_samples(gpt, tokenizer, names, args, job):
         frames = [image_grid(class_rows(images[:, g], classes), row_names, [f"{level}/{N}"])
                   for g, level in enumerate(levels)]
         save_gif(path.with_suffix(".gif"), frames)
-    print(f"{num} images of {len(row_names)} classes after {N} tokens, cfg {args.cfg:g} "
-          f"({args.cfg_schedule}), seed {args.seed}: {path}{' and .gif' if args.gif else ''}")
+    print(f"{num} images of {len(row_names)} classes after {N} tokens, cfg {args.cfg:g}, seed "
+          f"{args.seed}: {path}{' and .gif' if args.gif else ''}")
 
 
 @torch.no_grad()
@@ -153,30 +131,31 @@ def upscale(gpt, tokenizer, names, args, job):
           f"{args.out / 'upscale.png'}")
 
 
+@torch.no_grad()
 def sample_images(gpt, tokenizer, labels, levels, args, job, prefix=None):
     """Labels (n,), G levels -> uint8 images (n, G, 3, S, S), --batch-size at a time.
 
     prefix (1, k): codes that all images keep.
     """
-    # Codes are drawn once, and decoded at every level: a preview costs no sampling.
     images = []
-    for chosen in tqdm(torch.arange(len(labels)).split(args.batch_size), desc="sampling",
-                       disable=None):
+    batches = torch.arange(len(labels)).split(args.batch_size)
+    for chosen in tqdm(batches, desc="sampling", disable=None):
         kept = None if prefix is None else prefix.expand(len(chosen), -1)
-        codes = draw_codes(gpt, labels[chosen], chosen[0].item(), levels[-1], args, job, kept)
-        images.append(decode_levels(tokenizer, codes, levels, args.batch_size))
+        codes = draw_codes(gpt, labels[chosen], chosen, levels[-1], args, job, kept)
+        # Codes are drawn once, and decoded at every level: a preview costs no sampling.
+        shown = [to_uint8(tokenizer.decode(codes, level)).cpu() for level in levels]
+        images.append(torch.stack(shown, 1))
     return torch.cat(images)
 
 
 @torch.no_grad()
-def decode_levels(tokenizer, codes, levels, batch_size):
-    """Codes (B, N) after each of G levels -> uint8 images (B, G, 3, S, S) on the CPU."""
-    levels = torch.tensor(levels, device=codes.device)
-    B, G = len(codes), len(levels)
-    codes = codes.repeat_interleave(G, 0).split(batch_size)
-    levels = levels.repeat(B).split(batch_size)
-    images = [to_uint8(tokenizer.decode(c, level)).cpu() for c, level in zip(codes, levels)]
-    return torch.cat(images).unflatten(0, (B, G))
+def draw_class_samples(path, gpt, tokenizer, class_names, cfg):
+    """A grid of eight samples for each of up to ten classes, the same seeds each time."""
+    shown = class_names[:10]
+    labels = torch.arange(len(shown), device=gpt.pos.device).repeat_interleave(8)
+    codes = gpt.generate(labels, cfg=cfg, seeds=torch.arange(len(labels)))
+    images = to_uint8(tokenizer.decode(codes))
+    save_image_grid(path, images.split(8), [name.split(",")[0] for name in shown])
 
 
 def class_rows(images, classes):
@@ -184,60 +163,42 @@ def class_rows(images, classes):
     return [images[row::len(classes)] for row in range(min(len(images), len(classes)))]
 
 
-def save_gif(path, frames):
-    """An endless animation of Pillow pictures, ten per second, that rests on the last."""
-    frames[0].save(f"{path}.tmp", format="GIF", save_all=True, append_images=frames[1:], loop=0,
-                   duration=[100] * (len(frames) - 1) + [2000])
-    os.replace(f"{path}.tmp", path)
-
-
 # -------------------------------------------------------------------------------------------------
 # many images for evaluation
 
+@torch.no_grad()
 def write_npz(gpt, tokenizer, classes, args, job):
-    """arr_0 uint8 (n, S, S, 3), arr_1 labels (n,), as ADM's; FILE.json tells how they were made.
-
-    All processes draw into FILE.part, which a later run goes on with.
-    """
-    path, started = args.npz, time.perf_counter()
-    if path.exists() and not args.overwrite:
-        raise UserError(f"{path} exists: --overwrite replaces it, another name keeps both")
-    if not path.absolute().parent.is_dir():
-        raise UserError(f"{path.parent} is not a folder, so {path} cannot be written: make it "
-                        f"first")
-    make_writable(path.absolute().parent)
+    """arr_0 uint8 (n, S, S, 3) and arr_1 labels (n,), as ADM's evaluator reads them."""
+    path = args.npz
+    if path.exists():
+        raise UserError(f"{path} exists: remove it, or choose another name")
     N = check_tokens("--tokens", args.tokens, gpt.config.num_tokens)
-    num, S = args.num or 50_000, tokenizer.config.image_size
-    made_with = dict(num=num, seed=args.seed, classes=classes, **sampling_settings(args), stop=N,
-                     dtype=job.dtype_name, gpt=fingerprint(gpt), tokenizer=fingerprint(tokenizer))
-    claim_files(Path(f"{path}.json"), made_with, [path], args, job)
-
+    num = args.num or 50_000
+    S = tokenizer.config.image_size
     labels = balanced_labels(num, classes, args.seed)
-    record = np.dtype([("label", np.uint16), ("image", np.uint8, (S, S, 3))])
-    file = open_records(path, num, record, job)
-    todo = unfinished(file, args.batch_size, job)
-    total = sum(len(rows) for rows in todo) * job.ranks
-    with tqdm(total=total, unit=" img", disable=True if job.rank else None) as bar:
-        for rows in todo:
-            # A batch that was half written is drawn again: the same seeds give the same images.
-            codes = draw_codes(gpt, labels[rows], rows.start, N, args, job)
-            images = decode_levels(tokenizer, codes, [N], args.batch_size)[:, 0]
-            write_records(file, rows, labels[rows], image=images.permute(0, 2, 3, 1))
-            bar.update(len(rows) * job.ranks)
-    # Only when every process has drawn its share is the file whole.
-    file.flush()
+
+    # The processes take the batches in turn, and write into one array on the disk.
+    images = shared_array(f"{path}.part", np.uint8, (num, S, S, 3), job)
+    batches = torch.arange(num).split(args.batch_size)[job.rank::job.ranks]
+    for chosen in tqdm(batches, desc="sampling", disable=True if job.rank else None):
+        codes = draw_codes(gpt, labels[chosen], chosen, N, args, job)
+        pixels = to_uint8(tokenizer.decode(codes)).permute(0, 2, 3, 1)
+        images[chosen.numpy()] = pixels.cpu().numpy()
+    images.flush()
     barrier()
     if job.rank == 0:
-        with open(f"{path}.tmp", "wb") as out:
-            np.savez(out, arr_0=file["image"], arr_1=labels.numpy())
-        os.replace(f"{path}.tmp", path)
-        del file
-        Path(f"{path}.part").unlink()
-        seconds = time.perf_counter() - started
-        note = Path(f"{path}.json")
-        write_note(note, json.loads(note.read_text()) | dict(
-            seconds=round(seconds, 1), command=" ".join(sys.argv), versions=versions()))
-        print(f"{num:,} images of {len(classes)} classes, {duration(seconds / 3600)}: {path}")
+        with whole_file(path) as temporary, open(temporary, "wb") as file:
+            np.savez(file, arr_0=images, arr_1=labels.numpy())
+        os.remove(f"{path}.part")
+        print(f"{num:,} images of {len(classes)} classes: {path}")
+
+
+def shared_array(path, dtype, shape, job):
+    """A new array on the disk that all processes write into; it takes no memory."""
+    if job.rank == 0:
+        np.lib.format.open_memmap(path, "w+", dtype, shape)
+    barrier()
+    return np.lib.format.open_memmap(path, "r+")
 
 
 # -------------------------------------------------------------------------------------------------
@@ -245,54 +206,21 @@ def write_npz(gpt, tokenizer, classes, args, job):
 
 def add_sampling_flags(parser):
     """Flags of all that samples."""
-    curves = []
-    for schedule in SCHEDULES:
-        scales = [guidance_scale(2, schedule, t, 9) for t in range(0, 9, 2)]
-        curves.append(f"{schedule} " + " ".join(f"{s:.2f}" for s in scales))
     add = parser.add_argument_group("sampling").add_argument
     add("--cfg", type=float, default=2.0,
-        help="guidance s: logits = u + s (c - u); 1 = none, 0 = unconditional")
-    add("--cfg-schedule", choices=SCHEDULES, default="constant",
-        help="s from the first token to the last; for --cfg 2 at 0, 1/4 .. 1 of the way: " +
-             "; ".join(curves))
+        help="guidance: logits = u + cfg (c - u); 1 = none, 0 = unconditional")
     add("--temperature", type=float, default=1.0, help="of the logits; 0 = the likeliest code")
     add("--top-k", type=int, default=0, help="sample among the k likeliest codes; 0 = all")
     add("--top-p", type=float, default=1.0,
         help="sample among the likeliest codes that reach this probability together")
-    add("--tokens", type=int, help="stop after this many tokens (default: all)")
+    add("--tokens", type=int, help="stop after this many tokens; all where none is given")
     add("--tokenizer", metavar="FILE",
         help="decode by this tokenizer.pt of the same codes, such as one of train_tokenizer.py "
-             "--finetune-decoder (default: the one in gpt.pt)")
-    add("--dtype", choices=("auto", "bfloat16", "float32"), default="auto",
-        help="of the generator's matrix products; auto: bfloat16 on CUDA, float32 on a CPU")
-    add("--compile", action=argparse.BooleanOptionalAction, default=False,
-        help="torch.compile the generator")
-
-
-def check_sampling_flags(parser, args):
-    """Leave with a usage error where a value is out of its range."""
-    if not math.isfinite(args.cfg):
-        parser.error(f"--cfg is {args.cfg}: it must be a number")
-    if not args.temperature >= 0:
-        parser.error(f"--temperature is {args.temperature}: it must be at least 0")
-    if args.top_k < 0:
-        parser.error(f"--top-k is {args.top_k}: it must be at least 0")
-    if not 0 < args.top_p <= 1:
-        parser.error(f"--top-p is {args.top_p}: it must be above 0 and at most 1")
-
-
-def sampling_job(args):
-    """The Job of this process, with the dtype to sample in."""
-    job = join_ranks(args)
-    half = args.dtype == "bfloat16" or args.dtype == "auto" and args.device.startswith("cuda")
-    job.dtype = torch.bfloat16 if half else torch.float32
-    return job
+             "--finetune-decoder; the one in gpt.pt where none is given")
 
 
 def load_models(args, job):
     """(GPT, SpectralTokenizer, class names) to sample with."""
-    # Intel's MKL reads this when it is first used: products of all shapes are then rounded alike.
-    os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
     path = args.out / "gpt.pt"
     gpt, tokenizer, names = load_generator(path, job.device)
     if args.tokenizer:
@@ -302,8 +230,6 @@ def load_models(args, job):
         if made != learned:
             raise UserError(f"{args.tokenizer} makes codes {made}, {path} learned {learned}: name "
                             f"the tokenizer it learned from, or its --finetune-decoder")
-    if args.compile:
-        gpt.logits = torch.compile(gpt.logits, dynamic=True)
     return gpt, tokenizer, names
 
 
@@ -314,22 +240,13 @@ def check_tokens(flag, tokens, most):
     return tokens or most
 
 
-def sampling_settings(args):
-    """How to sample, as arguments of GPT.generate."""
-    return dict(cfg=args.cfg, cfg_schedule=args.cfg_schedule, temperature=args.temperature,
-                top_k=args.top_k, top_p=args.top_p)
-
-
-def draw_codes(gpt, labels, start, tokens, args, job, prefix=None):
-    """Codes (B, N) of the sample indices start, start + 1 ... of labels (B,); `tokens` of them."""
+def draw_codes(gpt, labels, indices, tokens, args, job, prefix=None):
+    """Codes (B, N) of the samples with these indices (B,) and labels (B,); `tokens` of them."""
+    seeds = wrap64(args.seed * 2 ** 32) + indices
     with autocast(job):
-        return gpt.generate(labels.to(job.device), **sampling_settings(args), stop=tokens,
-                            prefix=prefix, seeds=sample_seeds(args.seed, start, len(labels)))
-
-
-def sample_seeds(seed, start, number):
-    """The random stream of each sample index, distinct for every (seed, index)."""
-    return wrap64(seed * 2 ** 32) + torch.arange(start, start + number)
+        return gpt.generate(labels.to(job.device), cfg=args.cfg, temperature=args.temperature,
+                            top_k=args.top_k, top_p=args.top_p, prefix=prefix, seeds=seeds,
+                            stop=tokens)
 
 
 def labels_in_turn(num, classes):
@@ -343,6 +260,11 @@ def balanced_labels(num, classes, seed):
     return labels_in_turn(num, classes)[torch.randperm(num, generator=generator)]
 
 
+def spread_levels(N):
+    """1, 2, 4, 8 ... and N: the levels that evaluations and pictures show."""
+    return [2 ** k for k in range(N.bit_length()) if 2 ** k < N] + [N]
+
+
 # -------------------------------------------------------------------------------------------------
 # classes by name
 
@@ -350,41 +272,128 @@ def choose_classes(args, names):
     """Class numbers of --classes. Without it all, for a picture at most ten, evenly spread."""
     if args.classes:
         return [find_class(word, names) for word in args.classes]
-    if args.npz:
-        return list(range(len(names)))
-    shown = min(10, len(names))
+    shown = len(names) if args.npz else min(10, len(names))
     return [i * len(names) // shown for i in range(shown)]
 
 
 def find_class(word, names):
-    """The class that a word means: its number, a name or wnid of it, a part of its name alone."""
-    if re.fullmatch(r"-?\d+", word):
-        if not 0 <= int(word) < len(names):
-            raise UserError(f"class {word} is outside 0 .. {len(names) - 1}, the model's "
-                            f"{len(names)} classes: correct --classes")
-        return int(word)
-    word = word.lower()
-    # A name reads "tench, Tinca tinca (n01440764)". A whole part of it wins over a piece.
+    """The class that a word means: a whole name, one word or wnid of it, a number, or a piece."""
+    # A name reads "tench, Tinca tinca (n01440764)".
     parts = [re.split(r", | \(|\)", name.lower()) for name in names]
-    found = [c for c, its_parts in enumerate(parts) if word in its_parts]
-    found = found or [c for c, name in enumerate(names) if word in name.lower()]
-    if len(found) > 1:
-        raise UserError(f"{word!r} fits {len(found)} classes ({name_some(found, names)}): give "
-                        f"more of the name, or the number")
-    if not found:
-        close = difflib.get_close_matches(word, sum(parts, []), 5, 0.5)
-        near = dict.fromkeys(c for part in close for c in range(len(names)) if part in parts[c])
-        raise UserError(f"no class is named {word!r}; nearest: {name_some(list(near), names)}: "
-                        f"--list-classes shows all {len(names)}")
-    return found[0]
+    lower = word.lower()
+    meanings = [
+        [c for c, name in enumerate(names) if name == word],
+        [c for c, its_parts in enumerate(parts) if lower in its_parts],
+        [int(word)] if word.isdigit() and int(word) < len(names) else [],
+        [c for c, name in enumerate(names) if lower in name.lower()]]
+    found = next(filter(None, meanings), [])
+    if len(found) == 1:
+        return found[0]
+    some = "; ".join(f"{c} {names[c]}" for c in (found or range(len(names)))[:10])
+    raise UserError(f"{word!r} names {len(found)} of {len(names)} classes, not one: {some}")
 
 
-def name_some(classes, names):
-    """Up to five classes with their names, as text."""
-    shown = [f"{c} {names[c]}" for c in classes[:5]]
-    if len(classes) > 5:
-        shown.append("...")
-    return "; ".join(shown) or "none"
+# -------------------------------------------------------------------------------------------------
+# image files
+
+def decode_image(path, size=None, crop=None):
+    """An image file as a viewer shows it, uint8 RGB (H, W, 3). UserError when it is broken.
+
+    size: None = the whole picture, else ADM's square crop of that side, or any_crop(*crop).
+    """
+    try:
+        with Image.open(path) as image:
+            if crop is not None:                 # a JPEG far too large: decode a smaller one
+                image.draft("RGB", (2 * size, 2 * size))
+            image = upright_rgb(image)
+    except Exception as error:                   # a broken file raises nearly anything in Pillow
+        raise UserError(f"cannot decode {path} ({one_line(error)})")
+    if crop is not None:
+        image = any_crop(image, size, *crop)
+    elif size is not None:
+        image = center_crop(image, size)
+    return np.array(image)
+
+
+def upright_rgb(image):
+    """A Pillow image turned as its EXIF says, transparency on white, in RGB."""
+    # Pillow would cut these to white or black.
+    if image.mode.startswith(("I", "F")):
+        raise ValueError(f"pixels of mode {image.mode}: convert it to 8 bits")
+    image = ImageOps.exif_transpose(image)
+    if image.has_transparency_data:
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image.convert("RGBA"))
+    return image.convert("RGB")
+
+
+def center_crop(image, size):
+    """ADM's crop, the field's: halve with BOX while large, bicubic to the side, middle square."""
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Image.BOX)
+    scale = size / min(image.size)
+    sides = round(image.width * scale), round(image.height * scale)
+    image = image.resize(sides, Image.BICUBIC)
+    left = (image.width - size) // 2
+    top = (image.height - size) // 2
+    return image.crop((left, top, left + size, top + size))
+
+
+def any_crop(image, size, scale, y, x):
+    """A square of side size, y and x (0 .. 1) of the way down and to the right, of an image that
+    has a short side of scale * size."""
+    side = min(image.size) / scale
+    left = (image.width - side) * x
+    top = (image.height - side) * y
+    return image.resize((size, size), Image.BICUBIC, box=(left, top, left + side, top + side))
+
+
+# -------------------------------------------------------------------------------------------------
+# grids of images
+
+def image_grid(rows, names=None, columns=None):
+    """Pillow picture of rows of images: a list of uint8 (n, 3, S, S).
+
+    names stand to the left of the rows, columns above the columns. Small images are enlarged.
+    """
+    S = rows[0].shape[-1]
+    cell = S * max(1, 64 // S)
+    gap = 2
+    font = ImageFont.load_default(size=12)
+    left = max(int(font.getlength(name)) for name in names) + 10 if names else gap
+    top = 20 if columns else gap
+    width = left + max(len(row) for row in rows) * (cell + gap)
+    picture = Image.new("RGB", (width, top + len(rows) * (cell + gap)), "white")
+    draw = ImageDraw.Draw(picture)
+    for i, title in enumerate(columns or []):
+        centre = left + i * (cell + gap) + cell / 2
+        draw.text((centre, top / 2), title, fill="black", font=font, anchor="mm")
+    for j, row in enumerate(rows):
+        y = top + j * (cell + gap)
+        if names:
+            draw.text((5, y + cell / 2), names[j], fill="black", font=font, anchor="lm")
+        for i, pixels in enumerate(row):
+            tile = Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
+            tile = tile.resize((cell, cell), Image.NEAREST)
+            picture.paste(tile, (left + i * (cell + gap), y))
+    return picture
+
+
+def save_image_grid(path, rows, names=None, columns=None):
+    """image_grid as a PNG."""
+    save_picture(path, image_grid(rows, names, columns))
+
+
+def save_picture(path, picture, **how):
+    with whole_file(path) as temporary:
+        picture.save(temporary, **how)
+
+
+def save_gif(path, frames):
+    """An endless animation of Pillow pictures, ten per second, that rests on the last."""
+    duration = [100] * (len(frames) - 1) + [2000]                # milliseconds
+    save_picture(path, frames[0], save_all=True, append_images=frames[1:], duration=duration,
+                 loop=0)
 
 
 if __name__ == "__main__":

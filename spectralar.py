@@ -1,6 +1,7 @@
 """SpectralAR (arXiv 2506.10962): an image as a short sequence of frequency tokens, coarse to fine.
 
-Read from top to bottom. Each part needs only the parts above it:
+Read from top to bottom. Each part needs only the parts above it, and a few helpers of part 10:
+UserError, attention and uniforms.
 
    1. spectrum     an image as a sum of cosine waves; windows and sub-images
    2. mapping      how many frequencies the first i tokens may describe
@@ -11,7 +12,7 @@ Read from top to bottom. Each part needs only the parts above it:
    7. objective    the nested loss: two levels per step, each against its sub-image
    8. generator    class -> codes, one after the other
    9. checkpoints  save and load
-  10. machinery    random numbers, attention on a CPU, settings; nothing of the method
+  10. machinery    attention on a CPU, random numbers, processes, flags; nothing of the method
 
 Every tensor shape is written with these letters:
 
@@ -20,35 +21,21 @@ Every tensor shape is written with these letters:
   d  width of a code vector  D  width of the transformer     H  attention heads
   G  levels decoded at once  T  length of a sequence
 """
+import argparse
 import hashlib
 import math
 import os
-import pickle
+import sys
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
+from datetime import timedelta
 from functools import lru_cache
-
-# OpenMP's threads spin while they wait. Spinning less costs nothing on quiet cores, and makes two
-# programs on the same cores three times faster. Read when torch is imported, so scripts import
-# this file first.
-if "OMP_WAIT_POLICY" not in os.environ:
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-
-
-class UserError(ValueError):
-    """A mistake of the user, with a one-line message. The scripts print it and exit with 2."""
-
-
-class FailedRun(RuntimeError):
-    """A run that cannot go on, with a one-line message. The scripts print it, exit with 1."""
-
-
-def setting(default, help, least=1, most=None):
-    """A field of a config that is also a flag: its default, its -h text, its range."""
-    return field(default=default, metadata=dict(help=help, least=least, most=most))
 
 
 # -------------------------------------------------------------------------------------------------
@@ -60,12 +47,11 @@ def dct_matrix(n, dtype=torch.float32, device="cpu"):
 
     dct_matrix(n) @ signal is the signal's spectrum. The result is cached: do not modify it.
     """
-    with torch.inference_mode(False):            # training could not use an inference tensor
-        frequency = torch.arange(n, dtype=torch.float64)[:, None]
-        position = torch.arange(n, dtype=torch.float64) + 0.5
-        matrix = torch.cos(math.pi / n * frequency * position) * math.sqrt(2 / n)
-        matrix[0] /= math.sqrt(2)
-        return matrix.to(device, dtype)
+    frequency = torch.arange(n, dtype=torch.float64)[:, None]
+    position = torch.arange(n, dtype=torch.float64) + 0.5
+    matrix = torch.cos(math.pi / n * frequency * position) * math.sqrt(2 / n)
+    matrix[0] /= math.sqrt(2)
+    return matrix.to(device, dtype)
 
 
 def _transform(x, inverse):
@@ -138,11 +124,6 @@ def band_edges(num_tokens, image_size, power):
     levels 1 and 2 both show the mean colour alone. With 64 tokens, 32 px and power 0.5, 36 tokens
     bring no new coefficient, the last one included; they refine what the window already holds.
     """
-    if num_tokens > image_size ** 2:
-        raise UserError(f"{num_tokens} tokens for the {image_size ** 2} frequencies of a "
-                        f"{image_size} px image: use at most {image_size ** 2} (--num-tokens)")
-    if not power > 0:
-        raise UserError(f"the power of the mapping is {power}: it must be above 0 (--power)")
     largest = largest_window(image_size)
     share = torch.arange(1, num_tokens + 1, dtype=torch.float64) / num_tokens
     return (largest * share ** power).round().long().clamp(1, largest)
@@ -208,14 +189,13 @@ def decoder_mask(P, N, levels, flat=False):
         return columns[:, None].expand(B, N + P, N + P)
 
     # How many codes does each row see? Code i sees i of them, a mask token sees its level's.
-    level_of_mask = torch.arange(G, device=levels.device).repeat_interleave(P)     # (G P,)
-    codes_seen = torch.cat([(number + 1).expand(B, N), levels[:, level_of_mask]], 1)
+    group_of_mask = torch.arange(G, device=levels.device).repeat_interleave(P)     # (G P,)
+    codes_seen = torch.cat([(number + 1).expand(B, N), levels[:, group_of_mask]], 1)
     sees_code = number < codes_seen[:, :, None]                  # (B, T, N)
 
-    # Mask tokens see the mask tokens of their own level. The row of a code has level -1, which
-    # is that of no mask token.
-    level_of_row = torch.cat([number.new_full((N,), -1), level_of_mask])           # (T,)
-    sees_mask = level_of_row[:, None] == level_of_mask           # (T, G P)
+    # Mask tokens see the mask tokens of their own level. A code has group -1, so it sees none.
+    group_of_row = torch.cat([number.new_full((N,), -1), group_of_mask])           # (T,)
+    sees_mask = group_of_row[:, None] == group_of_mask           # (T, G P)
     return torch.cat([sees_code, sees_mask.expand(B, -1, -1)], 2)
 
 
@@ -325,7 +305,8 @@ class VectorQuantizer(nn.Module):
         e = self.vectors(codes)
         z = F.normalize(z.float(), dim=-1)
         # NOTE: VQ-VAE and TiTok also pull z towards its code, by 0.25 |z - sg(e)|^2. Unit vectors
-        # cannot run away, so nothing needs it. With it, one run on CIFAR-10 stayed at rank 4.
+        # cannot run away, so nothing needs it. With it, the codes of one run on CIFAR-10 filled
+        # only 4 of their 16 dimensions.
         loss = F.mse_loss(e, z.detach())
         # Straight-through: the value is e; in the backward pass z gets the gradient of e.
         quantized = z + (e - z).detach()
@@ -353,6 +334,18 @@ class VectorQuantizer(nn.Module):
 # -------------------------------------------------------------------------------------------------
 # 6. tokenizer (paper, section 3.3)
 
+def setting(default, help):
+    """A field of a config that is also a flag: its default, and its text in -h."""
+    return field(default=default, metadata=dict(help=help))
+
+
+def check_divides(config, whole, part):
+    """UserError when one size of a config is not a multiple of another."""
+    a, b = getattr(config, whole), getattr(config, part)
+    if a % b:
+        raise UserError(f"{whole} {a} is not divisible by {part} {b}: change one of them")
+
+
 @dataclass
 class TokenizerConfig:
     image_size: int = setting(32, "S, side of the images in pixels")
@@ -363,18 +356,15 @@ class TokenizerConfig:
     width: int = setting(128, "D, width of encoder and decoder")
     depth: int = setting(4, "blocks in the encoder, and as many in the decoder")
     heads: int = setting(4, "attention heads per block")
-    power: float = setting(1.5, "of the mapping: window = S (i/N)^power; 1 = uniform", 0)
+    power: float = setting(1.5, "of the mapping: window = S (i/N)^power; 1 = uniform")
     flat: bool = setting(False, "the baseline: bidirectional masks, and level N alone is trained")
 
     def __post_init__(self):
-        check_config(self)
-        if self.image_size % self.patch_size:
-            raise UserError(f"image side {self.image_size} is not divisible by patch side "
-                            f"{self.patch_size}: change --image-size or --patch-size")
+        check_divides(self, "image_size", "patch_size")
+        check_divides(self, "width", "heads")
         if self.codebook_size > 65536:
-            raise UserError(f"codebook size {self.codebook_size} is above 65536, the most that "
+            raise UserError(f"codebook_size {self.codebook_size} is above 65536, the most that "
                             f"16-bit codes can name: take a smaller --codebook-size")
-        band_edges(self.num_tokens, self.image_size, self.power)
 
     @property
     def num_patches(self):
@@ -447,10 +437,6 @@ class SpectralTokenizer(nn.Module):
 
     def encode_vectors(self, images):
         """(B, 3, S, S) -> (B, N, d): the encoder's outputs at the queries, not yet quantized."""
-        S = self.config.image_size
-        if images.shape[1:] != (3, S, S):
-            raise ValueError(f"images are {tuple(images.shape)}, this tokenizer reads "
-                             f"(B, 3, {S}, {S}): resize them")
         patches = self.patch_embed(self.patchify(images)) + self.patch_pos         # (B, P, D)
         queries = self.queries.expand(len(images), -1, -1)                         # (B, N, D)
         x = torch.cat([patches, queries], 1)                                       # (B, P+N, D)
@@ -564,7 +550,7 @@ class GPTConfig:
     heads: int = setting(6, "attention heads per block; the paper's d16 has 16")
 
     def __post_init__(self):
-        check_config(self)
+        check_divides(self, "width", "heads")
 
 
 class GPT(nn.Module):
@@ -624,13 +610,13 @@ class GPT(nn.Module):
         return x + self.pos[:x.shape[1]]
 
     def logits(self, x, modulations, caches=None, start=0):
-        """Input x (B, T, D) of positions start .. start+T-1 -> logits (B, T, K) of the targets.
-
-        With more than one position, start must be 0. A single position may see all before it.
-        """
+        """Input x (B, T, D) of positions start .. start+T-1 -> logits (B, T, K) of the targets."""
+        # A single position may see all positions before it: it needs no mask.
+        causal = x.shape[1] > 1
+        assert start == 0 or not causal
         for i, block in enumerate(self.blocks):
             cache = None if caches is None else caches[i]
-            x = block(x, None, x.shape[1] > 1, modulations[i], cache, start)
+            x = block(x, None, causal, modulations[i], cache, start)
         shift, scale = modulations[-1]
         x = torch.addcmul(shift, self.norm(x), 1 + scale)                       # (B, T, D)
         return F.linear(x, self.code_embed.weight)                              # (B, T, K)
@@ -653,18 +639,16 @@ class GPT(nn.Module):
         return [torch.empty(shape, dtype=dtype, device=device) for _ in self.blocks]
 
     @torch.no_grad()
-    def generate(self, labels, cfg=1.0, cfg_schedule="constant", temperature=1.0, top_k=0,
-                 top_p=1.0, prefix=None, seeds=None, cache=True, stop=None):
+    def generate(self, labels, cfg=1.0, temperature=1.0, top_k=0, top_p=1.0, prefix=None,
+                 seeds=None, stop=None):
         """Sample codes (B, N) for labels (B,).
 
-        cfg            guidance: logits = u + s (c - u), where c knows the class and u does not;
-                       1 = no guidance, 0 = unconditional (with a constant schedule)
-        cfg_schedule   how s changes over the tokens, see guidance_scale
+        cfg      guidance: logits = u + cfg (c - u), where c knows the class and u does not;
+                 1 = no guidance, 0 = unconditional
         temperature, top_k, top_p   see sample_from_logits
-        prefix         (B, k) codes to keep; the other N - k are sampled
-        seeds          (B,) one random stream per image, whatever batch it is in; None = new ones
-        cache          keep keys and values of earlier tokens; False computes them again (slow)
-        stop           stop after this many tokens, the prefix included; later codes are 0
+        prefix   (B, k) codes to keep; the other N - k are sampled
+        seeds    (B,) one random stream per image, whatever batch it is in; None = new ones
+        stop     stop after this many tokens, the prefix included; later codes are 0
         """
         B, N = len(labels), self.config.num_tokens
         seeds = torch.randint(2 ** 62, (B,)) if seeds is None else torch.as_tensor(seeds)
@@ -679,44 +663,21 @@ class GPT(nn.Module):
         if guided:
             labels = torch.cat([labels, torch.full_like(labels, self.config.num_classes)])
         modulations = self.modulations(labels)
-        caches = None
-        if cache:
-            # Keys and values have the dtype that autocast gives to every Linear layer's output.
-            caches = self.new_caches(len(labels), modulations[0][0].dtype)
+        # Keys and values have the dtype that autocast gives to every Linear layer's output.
+        caches = self.new_caches(len(labels), modulations[0][0].dtype)
 
+        start = 0                                # positions before this one are in the cache
         for t in range(first, N if stop is None else stop):
+            # The first pass reads the class and the prefix, each later one only the newest code.
             inputs = codes.repeat(2, 1) if guided else codes                    # (rows, N)
-            if cache and t > first:
-                # All earlier positions are in the cache: only the last code is new.
-                start = t
-                x = self.code_embed(inputs[:, t - 1:t]) + self.pos[t]           # (rows, 1, D)
-            else:
-                start = 0
-                x = self.embed(inputs[:, :t], labels)                           # (rows, t+1, D)
+            x = self.embed(inputs[:, :t], labels)[:, start:]                    # (rows, T, D)
             logits = self.logits(x, modulations, caches, start)[:, -1].float()  # (rows, K)
+            start = t + 1
             if guided:
                 conditional, unconditional = logits.chunk(2)
-                s = guidance_scale(cfg, cfg_schedule, t, N)
-                logits = unconditional + s * (conditional - unconditional)      # (B, K)
+                logits = unconditional + cfg * (conditional - unconditional)    # (B, K)
             codes[:, t] = sample_from_logits(logits, uniform[:, t], temperature, top_k, top_p)
         return codes
-
-
-def guidance_scale(cfg, schedule, t, num_tokens):
-    """The guidance s at token t = 0 .. N-1, where r = t / (N-1) runs from 0 to 1:
-
-    constant       s = cfg
-    linear         s = 1 + (cfg - 1) r                          (VAR; its cfg 1.5 is our 2.5)
-    power-cosine   s = 1 + (cfg - 1) (1 - cos(pi r^2.75)) / 2   (RAR, with RAR-B's exponent)
-    """
-    r = t / max(num_tokens - 1, 1)
-    if schedule == "constant":
-        return cfg
-    if schedule == "linear":
-        return 1 + (cfg - 1) * r
-    if schedule == "power-cosine":
-        return 1 + (cfg - 1) * (1 - math.cos(math.pi * r ** 2.75)) / 2
-    raise UserError(f"guidance schedule {schedule!r}: choose constant, linear or power-cosine")
 
 
 def sample_from_logits(logits, uniform, temperature=1.0, top_k=0, top_p=1.0):
@@ -749,81 +710,37 @@ def sample_from_logits(logits, uniform, temperature=1.0, top_k=0, top_p=1.0):
 # -------------------------------------------------------------------------------------------------
 # 9. checkpoints: a dict of tensors and plain types, always read with weights_only=True
 
-# One version per kind of file, raised when new code would misread an old file of this kind.
-FORMATS = {"tokenizer": 2, "gpt": 2, "classifier": 2}
+FORMAT = 2                      # raised when new code would misread an old file
 
 
 def save_checkpoint(path, kind, **content):
-    """Write under a temporary name, then rename: a full disk or a kill leaves the old file."""
-    temporary = f"{path}.tmp"
-    try:
-        torch.save(dict(format=FORMATS[kind], kind=kind, **content), temporary)
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:
-        if os.path.exists(temporary):
-            os.remove(temporary)
-        raise FailedRun(f"cannot write {path} ({str(error).splitlines()[0]}): an older one, if "
-                        f"any, is intact; free disk space, then --resume") from None
-
-
-def read_weights(path, what, mmap=False):
-    """The content of a file that torch saved, on the CPU. UserError when it is damaged.
-
-    mmap: read a tensor only when it is used.
-    """
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except (RuntimeError, EOFError, OSError, AttributeError, KeyError, TypeError, ValueError,
-            pickle.UnpicklingError) as error:
-        if out_of_memory(error):
-            raise
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:100]
-        raise UserError(f"{path} is not a whole {what} ({reason}): it is truncated, or another "
-                        f"program wrote it") from None
+    with whole_file(path) as temporary:
+        torch.save(dict(format=FORMAT, kind=kind, **content), temporary)
 
 
 def read_checkpoint(path, kind, mmap=False):
-    """The dict of a checkpoint. UserError when it is missing, broken, or of another kind."""
-    if not os.path.exists(path):
-        raise UserError(f"{path} does not exist: train it first (train_{kind}.py), or name its "
-                        f"folder by --out")
-    checkpoint = read_weights(path, "checkpoint", mmap)
-    if not isinstance(checkpoint, dict):
-        raise UserError(f"{path} is not a whole checkpoint, but a {type(checkpoint).__name__}")
-    found, version = checkpoint.get("kind"), checkpoint.get("format")
-    if (found, version) != (kind, FORMATS[kind]):
-        raise UserError(f"{path} holds a {found} of format {version}, not a {kind} of format "
-                        f"{FORMATS[kind]}")
+    """The dict of a checkpoint, on the CPU. UserError when it is missing, broken or of another
+    kind. mmap: read a tensor only when it is used."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        found = checkpoint["kind"], checkpoint["format"]
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist: train it first, or name its folder by --out")
+    except Exception as error:                   # a broken file raises nearly anything
+        raise UserError(f"{path} is not a whole checkpoint ({one_line(error)})")
+    if found != (kind, FORMAT):
+        raise UserError(f"{path} holds a {found[0]} of format {found[1]}, not a {kind} of format "
+                        f"{FORMAT}")
     return checkpoint
-
-
-def load_weights(model, state, path):
-    """model.load_state_dict(state), with the first difference told in one line."""
-    own = model.state_dict()
-    for name in sorted(own.keys() | state.keys()):
-        expected = tuple(own[name].shape) if name in own else "nothing"
-        found = tuple(state[name].shape) if name in state else "nothing"
-        if found != expected:
-            raise UserError(f"{path} has {found} as {name}, this model needs {expected}: it was "
-                            f"made by another version of this program, or with other sizes")
-    model.load_state_dict(state)
-
-
-def read_config(config_class, saved, path):
-    """The config in a checkpoint's dict. UserError when it has a setting that is unknown here."""
-    settings = saved.get("config", {})
-    unknown = settings.keys() - {f.name for f in fields(config_class)}
-    if unknown or not settings:
-        name = min(unknown, default="nothing")
-        raise UserError(f"{path} has {name} in its config, which {config_class.__name__} does not "
-                        f"know: another version of this program made it")
-    return config_class(**settings)
 
 
 def build_model(model_class, config_class, saved, path, device):
     """A model in eval mode from {config, model, ema}: the averaged weights where there are any."""
-    model = model_class(read_config(config_class, saved, path))
-    load_weights(model, saved.get("ema") or saved.get("model", {}), path)
+    try:
+        model = model_class(config_class(**saved["config"]))
+        model.load_state_dict(saved.get("ema") or saved["model"])
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise UserError(f"{path} is of another version of this program ({one_line(error)})")
     return model.to(device).eval()
 
 
@@ -842,33 +759,46 @@ def load_generator(path, device="cpu"):
     return gpt, tokenizer, checkpoint["class_names"]
 
 
-def load_gpt(path, device="cpu"):
-    """The GPT of a gpt.pt, ready to generate."""
-    return load_generator(path, device)[0]
-
-
-def fingerprint(model, without=()):
-    """16 hex digits that name a model by its config and weights, leaving out some of its parts.
-
-    Only settings that differ from their default count, so a new field changes no old name.
-    """
-    changed = [(f.name, getattr(model.config, f.name)) for f in fields(model.config)
-               if getattr(model.config, f.name) != f.default]
-    digest = hashlib.sha256(repr(sorted(changed)).encode())
-    for name, tensor in sorted(model.state_dict().items()):
-        if name.split(".")[0] not in without:
-            digest.update(name.encode())
-            digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
 def code_fingerprint(tokenizer):
-    """A name for the codes that a tokenizer makes. The decoder does not change codes: left out."""
-    return fingerprint(tokenizer, tokenizer.decoder_parts)
+    """16 hex digits that name a tokenizer's codes: a hash of all weights but the decoder's."""
+    digest = hashlib.sha256()
+    for name, tensor in tokenizer.state_dict().items():
+        if name.split(".")[0] not in tokenizer.decoder_parts:
+            digest.update(tensor.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 # -------------------------------------------------------------------------------------------------
 # 10. machinery: nothing of the method
+
+class UserError(ValueError):
+    """A mistake of the user, told in one line: what disagrees, and the remedy."""
+
+
+@contextmanager
+def whole_file(path):
+    """A name to write to. When all is written, the file gets its own name: a full disk or a kill
+    leaves the old file as it was."""
+    path = Path(path)
+    temporary = path.with_name(f"{path.stem}.tmp{path.suffix}")
+    yield temporary
+    os.replace(temporary, path)
+
+
+def one_line(error):
+    """What an exception says, shortened to one line."""
+    return " ".join(str(error).split())[:200]
+
+
+def to_float(images):
+    """uint8 0 .. 255 -> float32 in [-1, 1]."""
+    return images.float() / 127.5 - 1
+
+
+def to_uint8(images):
+    """[-1, 1] -> uint8 by rounding. (ADM truncates, which loses a level of 63 values in 256.)"""
+    return (images.float() * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
+
 
 def attention(q, k, v, mask=None, causal=False):
     """softmax(q k^T / sqrt(D/H)) v: q (B, H, T, D/H), k and v (B, H, T', D/H) -> as q."""
@@ -905,30 +835,159 @@ def wrap64(number):
     """Any Python integer -> the 64-bit integer with the same low bits, so that any seed works."""
     return (number + 2 ** 63) % 2 ** 64 - 2 ** 63
 
+# -------------------------------------------------------------------------------------------------
+# processes and devices
 
-def out_of_memory(error):
-    """Whether an exception says that memory ran out, on a GPU or on the CPU."""
-    memory_errors = (torch.OutOfMemoryError, MemoryError)
-    return isinstance(error, memory_errors) or "can't allocate memory" in str(error)
-
-
-def check_setting(f, value):
-    """UserError when the value of a field (see setting), or an entry of it, is out of range."""
-    least, most = f.metadata["least"], f.metadata["most"]
-    for number in value if isinstance(value, (tuple, list)) else [value]:
-        if type(number) not in (int, float):
-            continue
-        flag = f"--{f.name.replace('_', '-')}"
-        if least is not None and not number >= least:
-            raise UserError(f"{flag} is {number}: it must be at least {least}")
-        if most is not None and not number <= most:
-            raise UserError(f"{flag} is {number}: it must be at most {most}")
+@dataclass
+class Job:
+    """Where this process runs. The flags, args, stay as they were given."""
+    device: str
+    rank: int = 0                        # number of this process
+    ranks: int = 1                       # processes under torchrun
+    dtype: torch.dtype = torch.float32   # of matrix products
 
 
-def check_config(config):
-    """UserError when a size is out of its range, or heads do not share the width evenly."""
-    for f in fields(config):
-        check_setting(f, getattr(config, f.name))
-    if config.width % config.heads:
-        raise UserError(f"width {config.width} is not divisible by {config.heads} heads: change "
-                        f"--width or --heads")
+def start_job(args):
+    """The Job of this process, alone or beside the others of torchrun. Only the first prints."""
+    job = Job(args.device)
+    cuda = job.device.startswith("cuda")
+    if {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys():
+        if cuda:
+            job.device = f"cuda:{os.environ['LOCAL_RANK']}"
+            torch.cuda.set_device(job.device)
+        # The first process may train a classifier or download, while the others wait.
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo",
+                                timeout=timedelta(hours=1))
+        job.rank = dist.get_rank()
+        job.ranks = dist.get_world_size()
+        if job.rank:
+            sys.stdout = open(os.devnull, "w")
+
+    # Our choice: bfloat16 where the hardware multiplies it, on GPUs and on CPUs with AMX. Other
+    # CPUs are slower in it than in float32, some of them 90 times.
+    if args.dtype == "bfloat16" or args.dtype == "auto" and (
+            cuda or torch.cpu._is_amx_tile_supported()):
+        job.dtype = torch.bfloat16
+    print(f"dtype {str(job.dtype).removeprefix('torch.')} (--dtype {args.dtype}), device "
+          f"{job.device}, {job.ranks} process(es)")
+    return job
+
+
+def autocast(job):
+    """Context in which matrix products run in the job's dtype."""
+    half = job.dtype != torch.float32
+    return torch.autocast(torch.device(job.device).type, job.dtype, enabled=half)
+
+
+def all_sum(x):
+    """Replace a tensor by its sum over all processes."""
+    if dist.is_initialized():
+        dist.all_reduce(x)
+
+
+def gather(x, rows, total):
+    """A tensor of `total` rows, of which each process has some: x is this one's slice `rows`."""
+    if not dist.is_initialized():
+        return x
+    whole = x.new_zeros(total, *x.shape[1:])
+    whole[rows] = x
+    all_sum(whole)                               # elsewhere the others' rows are 0
+    return whole
+
+
+def barrier():
+    """Wait for all processes."""
+    all_sum(torch.zeros(1))
+
+
+def first_rank_first(load, job):
+    """load() in the first process, then in the others, which find what it downloads or trains."""
+    if job.rank:
+        barrier()
+    result = load()
+    if job.rank == 0:
+        barrier()
+    return result
+
+
+# -------------------------------------------------------------------------------------------------
+# flags, and how a script starts and ends
+
+BUILT_IN = ("shapes", "cifar10", "cifar100", "imagenet")
+
+
+class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """-h shows the docstring as it stands, and the default of each flag."""
+
+
+def data_name(text):
+    """--data: a built-in name, or the whole path of a folder."""
+    return text if text in BUILT_IN else str(Path(text).expanduser().resolve())
+
+
+def base_parser():
+    """The flags of every script; a parent of its parser."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    add = parser.add_argument_group("data and run").add_argument
+    add("--data", type=data_name, default="shapes",
+        help=", ".join(BUILT_IN) + ", or a folder of images")
+    add("--data-dir", default="data",
+        help="where CIFAR's folder lies, or is downloaded to; ImageNet's folder of train and val")
+    add("--out", help="folder of the run's files; out/<data> where none is given")
+    add("--seed", type=int, default=0, help="of weights, batches and samples")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu",
+        help="cuda, cuda:1, cpu")
+    add("--dtype", choices=("auto", "bfloat16", "float32"), default="auto",
+        help="of matrix products; auto: bfloat16 on CUDA and on CPUs with AMX, else float32")
+    add("--workers", type=int, default=min(8, os.cpu_count() or 1),
+        help="threads per process that decode image files")
+    return parser
+
+
+def parse_flags(parser, argv):
+    """The flags, with the folder that --out stands for."""
+    args = parser.parse_intermixed_args(argv)    # paths may stand before and after flags
+    args.out = Path(args.out or Path("out") / Path(args.data).name).expanduser()
+    return args
+
+
+def add_settings(parser, title, settings, preset, without=()):
+    """One flag per field of a dataclass (see setting). A preset may change the default."""
+    add = parser.add_argument_group(title).add_argument
+    for f in fields(settings):
+        how = dict(type=f.type)
+        if f.type is bool:
+            how = dict(action=argparse.BooleanOptionalAction)
+        elif f.type is tuple:
+            how = dict(type=float, nargs=len(f.default))
+        if f.name not in without:
+            add("--" + f.name.replace("_", "-"), **how, help=f.metadata["help"],
+                default=preset.get(f.name, f.default))
+
+
+def config_from_flags(config_class, args, **known):
+    """The config of the flags that add_settings made, and of values that are known."""
+    flags = {f.name: getattr(args, f.name) for f in fields(config_class) if f.name not in known}
+    return config_class(**flags, **known)
+
+
+def run_script(main, args):
+    """main(args). What the user can mend is told in one line, with exit code 2."""
+    code = 2
+    try:
+        main(args)
+        code = 0
+    except (UserError, OSError) as error:        # OSError: a missing file, a full disk, no network
+        print(f"error: {error}", file=sys.stderr)
+    except torch.OutOfMemoryError:
+        flag = "--micro-batch" if hasattr(args, "micro_batch") else "--batch-size"
+        print(f"error: out of memory: take a smaller {flag}", file=sys.stderr)
+    if dist.is_initialized():
+        # gloo's threads outlive the group and may abort Python's own exit (1 of 36 runs), so leave
+        # without it.
+        dist.destroy_process_group()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    if code:
+        sys.exit(code)
