@@ -1,4 +1,4 @@
-"""Measure samples (FID, sFID, IS, precision, recall) and reconstructions (rFID, PSNR, SSIM, LPIPS).
+"""Measure samples (FID, sFID, IS, precision, recall), reconstructions (rFID, PSNR, SSIM, LPIPS).
 
   python evaluate.py compare samples.npz VIRTUAL_imagenet256_labeled.npz   # folders or .npz files
   python evaluate.py generation --data cifar10                       # samples of the generator
@@ -29,8 +29,8 @@ from pathlib import Path
 
 from spectralar import (Help, UserError, all_sum, autocast, base_parser, dct2, first_rank_first,
                         gather, in_window, largest_window, load_tokenizer, low_pass, parse_flags,
-                        read_checkpoint, run_script, save_checkpoint, start_job, to_float,
-                        to_uint8, uniforms, wrap64)
+                        random_streams, read_checkpoint, run_script, save_checkpoint, start_job,
+                        to_float, to_uint8, uniforms)
 
 import numpy as np
 import torch
@@ -40,7 +40,7 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from sample import (add_sampling_flags, balanced_labels, check_tokens, decode_image, draw_codes,
-                    load_models, save_image_grid, save_picture, spread_levels)
+                    load_models, permutation, save_image_grid, save_picture, spread_levels)
 
 
 def parse_args(argv=None):
@@ -648,8 +648,7 @@ def measure_path(path, network, args, job):
         batches = read_batches(path, images, chosen, args.batch_size, job)
         features = extract_features(batches, network, len(chosen), job)
         # Files come sorted, often by class. A score of consecutive parts needs them shuffled.
-        order = torch.randperm(len(chosen), generator=torch.Generator().manual_seed(0))
-        features.logits = features.logits[order]
+        features.logits = features.logits[permutation(len(chosen), "order of scores", 0, 0)]
         return features
 
     features = FeatureSet()
@@ -720,19 +719,12 @@ def batch_indices(n, batch_size, step, seed):
 
 @lru_cache(maxsize=2)
 def epoch_order(n, epoch, seed):
-    generator = torch.Generator().manual_seed(wrap64(seed * 100_003 + epoch))
-    return torch.randperm(n, generator=generator)
+    return permutation(n, "epochs", seed, epoch)
 
 
 def pick_images(n, most):
     """At most `most` of n indices, ascending: a fixed random choice, spread over all classes."""
-    order = torch.randperm(n, generator=torch.Generator().manual_seed(0))
-    return order[:most].sort().values
-
-
-def step_seed(seed, step):
-    """All random draws of a step follow from (seed, step), so a resume has nothing to restore."""
-    return (seed * 1_000_003 + step) % 2 ** 32                   # a CPU generator reads 32 bits
+    return permutation(n, "choice of images", 0, 0)[:most].sort().values
 
 
 # -------------------------------------------------------------------------------------------------
@@ -798,8 +790,6 @@ class Shapes:
     def __init__(self, split, image_size):
         self.split = split
         self.image_size = image_size
-        # Train and val never share a random stream.
-        self.first_stream = (split == "val") * 2 ** 40
         self.size = 10_000 if split == "val" else 1_000_000
 
     def __len__(self):
@@ -812,7 +802,8 @@ class Shapes:
         """indices (B,) -> uint8 images (B, 3, S, S), labels (B,) long."""
         indices = torch.as_tensor(indices)
         labels = indices % len(SHAPES)
-        u = uniforms(self.first_stream + indices, 16).numpy().astype(np.float32)
+        streams = random_streams(f"shapes {self.split}", 0, indices)
+        u = uniforms(streams, 16).numpy().astype(np.float32)
         u = u.T[:, :, None, None, None]                                     # 16 of (B, 1, 1, 1)
         axis = (np.arange(self.image_size, dtype=np.float32) + 0.5) * 2 / self.image_size - 1
         X, Y = axis[None, :], axis[:, None]                                 # pixel centres
@@ -1269,13 +1260,13 @@ def load_classifier(path, kind, data_name, data, image_size, job):
 
 def train_classifier(train, val, widths, seed, device, steps=3000, batch_size=128):
     """(classifier, accuracy on held-out images), trained from scratch: minutes on a CPU."""
-    torch.manual_seed(seed)
+    torch.manual_seed(random_streams("classifier weights", seed, 0).item())
     model = Classifier(len(train.class_names), widths)
     model = model.to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-3, total_steps=steps)
     for step in tqdm(range(steps), desc="training the classifier", disable=None):
-        torch.manual_seed(step_seed(seed, step))
+        torch.manual_seed(random_streams("classifier step", seed, step).item())
         images, labels = train.batch(batch_indices(len(train), batch_size, step, seed))
         _, _, logits = model(augment(images).to(device))
         F.cross_entropy(logits, labels.to(device), label_smoothing=0.1).backward()

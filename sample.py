@@ -18,8 +18,8 @@ import re
 from pathlib import Path
 
 from spectralar import (Help, UserError, autocast, barrier, base_parser, code_fingerprint,
-                        load_generator, load_tokenizer, one_line, parse_flags, run_script,
-                        start_job, to_float, to_uint8, whole_file, wrap64)
+                        load_generator, load_tokenizer, one_line, parse_flags, random_streams,
+                        run_script, start_job, to_float, to_uint8, whole_file)
 
 import numpy as np
 import torch
@@ -153,7 +153,8 @@ def draw_class_samples(path, gpt, tokenizer, class_names, cfg):
     """A grid of eight samples for each of up to ten classes, the same seeds each time."""
     shown = class_names[:10]
     labels = torch.arange(len(shown), device=gpt.pos.device).repeat_interleave(8)
-    codes = gpt.generate(labels, cfg=cfg, seeds=torch.arange(len(labels)))
+    seeds = random_streams("samples", 0, torch.arange(len(labels)))
+    codes = gpt.generate(labels, cfg=cfg, seeds=seeds)
     images = to_uint8(tokenizer.decode(codes))
     save_image_grid(path, images.split(8), [name.split(",")[0] for name in shown])
 
@@ -242,7 +243,7 @@ def check_tokens(flag, tokens, most):
 
 def draw_codes(gpt, labels, indices, tokens, args, job, prefix=None):
     """Codes (B, N) of the samples with these indices (B,) and labels (B,); `tokens` of them."""
-    seeds = wrap64(args.seed * 2 ** 32) + indices
+    seeds = random_streams("samples", args.seed, indices)
     with autocast(job):
         return gpt.generate(labels.to(job.device), cfg=args.cfg, temperature=args.temperature,
                             top_k=args.top_k, top_p=args.top_p, prefix=prefix, seeds=seeds,
@@ -256,8 +257,13 @@ def labels_in_turn(num, classes):
 
 def balanced_labels(num, classes, seed):
     """(num,) long: each class as often as every other, give or take one, in shuffled order."""
-    generator = torch.Generator().manual_seed(wrap64(seed))
-    return labels_in_turn(num, classes)[torch.randperm(num, generator=generator)]
+    return labels_in_turn(num, classes)[permutation(num, "order of labels", seed, 0)]
+
+
+def permutation(n, purpose, seed, index):
+    """(n,) long: the numbers 0 .. n - 1 in a random order, see random_streams."""
+    generator = torch.Generator().manual_seed(random_streams(purpose, seed, index).item())
+    return torch.randperm(n, generator=generator)
 
 
 def spread_levels(N):

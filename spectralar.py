@@ -815,25 +815,34 @@ def attention(q, k, v, mask=None, causal=False):
     return scores.softmax(-1).to(v.dtype) @ v
 
 
-def uniforms(seeds, n):
-    """Seeds (B,) long -> (B, n) float64 in [0, 1): row b depends on seeds[b] alone.
+def random_streams(purpose, seed, index):
+    """The random streams of indices (B,) long, or of an int: one 64-bit number each.
+
+    Every random number of a run comes from the stream of its purpose, seed and index. So no two
+    purposes share numbers, and a resumed run has nothing to restore. A seed may be any integer.
+    """
+    name = hashlib.sha256(f"{purpose} {seed}".encode()).digest()
+    name = int.from_bytes(name[:8], "little", signed=True)
+    return mix_bits(mix_bits(torch.as_tensor(index)) + name)
+
+
+def uniforms(streams, n):
+    """Random streams (B,) -> (B, n) float64 in [0, 1): row b depends on streams[b] alone.
 
     SplitMix64, a counter-based generator: an image's random numbers do not depend on its batch.
-    (torch.Generator would cost one call per image, and on a CPU keeps only 32 bits of its seed.)
     """
-    def mix(z):
-        # torch has no unsigned shift: shift, then clear the copies of the sign bit.
-        for shift, factor in ((30, -4658895280553007687), (27, -7723592293110705685)):
-            z = (z ^ ((z >> shift) & ((1 << 64 - shift) - 1))) * factor
-        return z ^ ((z >> 31) & ((1 << 33) - 1))
-    counter = torch.arange(1, n + 1, device=seeds.device) * -7046029254386353131
-    bits = mix(mix(seeds[:, None]) + counter)
+    counter = torch.arange(1, n + 1, device=streams.device) * (0x9E3779B97F4A7C15 - 2 ** 64)
+    bits = mix_bits(mix_bits(streams)[:, None] + counter)
     return ((bits >> 11) & ((1 << 53) - 1)).double() / 2 ** 53
 
 
-def wrap64(number):
-    """Any Python integer -> the 64-bit integer with the same low bits, so that any seed works."""
-    return (number + 2 ** 63) % 2 ** 64 - 2 ** 63
+def mix_bits(z):
+    """SplitMix64's hash of 64-bit numbers; different numbers have different hashes."""
+    # torch has no unsigned shift: shift, then clear the copies of the sign bit.
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        z = (z ^ ((z >> shift) & ((1 << 64 - shift) - 1))) * (factor - 2 ** 64)
+    return z ^ ((z >> 31) & ((1 << 33) - 1))
+
 
 # -------------------------------------------------------------------------------------------------
 # processes and devices

@@ -16,16 +16,15 @@ from dataclasses import asdict, dataclass
 from itertools import count
 
 from spectralar import (GPT, GPTConfig, UserError, add_settings, autocast, barrier,
-                        code_fingerprint, config_from_flags, load_tokenizer, read_checkpoint,
-                        run_script, setting, start_job, to_float, wrap64)
+                        code_fingerprint, config_from_flags, load_tokenizer, random_streams,
+                        read_checkpoint, run_script, setting, start_job, to_float, uniforms)
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from evaluate import (Folder, batch_indices, check_data, held_out_bits, open_data, pick_images,
-                      step_seed)
+from evaluate import Folder, batch_indices, check_data, held_out_bits, open_data, pick_images
 from sample import draw_class_samples, shared_array
 from train_tokenizer import (Interrupt, Log, TrainingSettings, add_mean, ahead, file_stamp,
                              gradient_sync, make_optimizers, optimizer_step, parse_training_flags,
@@ -184,7 +183,7 @@ def build_generator_parts(tokenizer_config, num_classes, args, job):
         GPTConfig, args, num_classes=num_classes, num_tokens=tokenizer_config.num_tokens,
         codebook_size=tokenizer_config.codebook_size, width=args.width or 64 * args.depth,
         heads=args.heads or args.depth)
-    torch.manual_seed(wrap64(args.seed))
+    torch.manual_seed(random_streams("generator weights", args.seed, 0).item())
     model = GPT(config).to(job.device)
     return dict(model=model, ema=copy.deepcopy(model).eval(), **make_optimizers(model, args, job))
 
@@ -213,10 +212,11 @@ def code_batches(data, num_classes, args, job, start):
     passes = split_batch(args, job)
 
     def make_batch(step):
-        generator = torch.Generator().manual_seed(step_seed(args.seed, step))
         index = batch_indices(len(data), args.batch_size, step, args.seed)
-        view = torch.randint(views, (args.batch_size,), generator=generator)
-        dropped = torch.rand(args.batch_size, generator=generator) < args.label_drop
+        number = step * args.batch_size + torch.arange(args.batch_size)
+        u = uniforms(random_streams("views and label drops", args.seed, number), 2)
+        view = (u[:, 0] * views).long()
+        dropped = u[:, 1] < args.label_drop
         batch = []
         for rows in passes:
             # Drawn for the whole batch above, so that each process only takes its own rows.

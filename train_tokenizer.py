@@ -28,9 +28,9 @@ from pathlib import Path
 
 from spectralar import (Block, Help, SpectralTokenizer, TokenizerConfig, UserError, add_settings,
                         all_sum, autocast, base_parser, config_from_flags, gather, load_tokenizer,
-                        low_pass, nested_loss, one_line, parse_flags, read_checkpoint, run_script,
-                        sample_levels, save_checkpoint, setting, start_job, sub_images, to_float,
-                        to_uint8, uniforms, wrap64)
+                        low_pass, nested_loss, one_line, parse_flags, random_streams,
+                        read_checkpoint, run_script, sample_levels, save_checkpoint, setting,
+                        start_job, sub_images, to_float, to_uint8, uniforms)
 
 import torch
 import torch.nn as nn
@@ -38,7 +38,7 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from evaluate import (LPIPS, batch_indices, codebook_use, draw_levels, effective_rank,  # noqa
-                      load_perceptual, open_data, pick_images, psnr, step_seed)
+                      load_perceptual, open_data, pick_images, psnr)
 from sample import spread_levels
 
 # -------------------------------------------------------------------------------------------------
@@ -128,7 +128,7 @@ def training_step(step, batch, parts, wrapped, perceptual, args, job):
 
     # All draws of a step follow from the seed and the step: every process draws the same levels,
     # and a run that is resumed draws the levels that it would have drawn.
-    torch.manual_seed(step_seed(args.seed, step))
+    torch.manual_seed(random_streams("tokenizer step", args.seed, step).item())
     levels = sample_levels(args.batch_size, model.config.num_tokens,
                            full_only=model.config.flat or args.finetune_decoder)
 
@@ -256,7 +256,7 @@ def main(args):
 
 def build_tokenizer_parts(config, source, args, job):
     """{name: model or optimizer} of the run. source: a tokenizer to finetune, or None."""
-    torch.manual_seed(wrap64(args.seed))
+    torch.manual_seed(random_streams("tokenizer weights", args.seed, 0).item())
     model = SpectralTokenizer(config).to(job.device)
     if source:
         model.load_state_dict(source.state_dict())
@@ -378,20 +378,19 @@ def image_batches(data, args, job, start):
     Images are mirrored at random, and image files are cropped at random. A batch depends on seed
     and step alone, whatever the number of processes: a resumed run goes on with the very next one.
     """
-    first_stream = (2 * args.seed + 1) * 2 ** 50
     passes = split_batch(args, job)
 
     def make_batch(step):
         indices = batch_indices(len(data), args.batch_size, step, args.seed)
-        streams = wrap64(first_stream + step * args.batch_size) + torch.arange(args.batch_size)
+        number = step * args.batch_size + torch.arange(args.batch_size)
+        u = uniforms(random_streams("crops", args.seed, number), 4)             # (B, 4)
+        # The short side is 1 .. 1.125 times the image side; the square lies anywhere.
+        crops = torch.stack([1 + u[:, 1] / 8, u[:, 2], u[:, 3]], 1)
+        mirrored = (u[:, 0] < 0.5)[:, None, None, None]
         batch = []
         for rows in passes:
-            u = uniforms(streams[rows], 4)
-            # The short side is 1 .. 1.125 times the image side; the square lies anywhere.
-            crops = torch.stack([1 + u[:, 1] / 8, u[:, 2], u[:, 3]], 1)
-            images, _ = data.batch(indices[rows], crops)
-            mirrored = (u[:, 0] < 0.5)[:, None, None, None]
-            images = torch.where(mirrored, images.flip(-1), images)
+            images, _ = data.batch(indices[rows], crops[rows])
+            images = torch.where(mirrored[rows], images.flip(-1), images)
             if job.device.startswith("cuda"):
                 images = images.pin_memory()
             batch.append((rows, images))
@@ -406,8 +405,8 @@ def split_batch(args, job):
     if args.batch_size % job.ranks or share % size:
         raise UserError(f"--batch-size {args.batch_size} is not a multiple of {job.ranks} "
                         f"process(es) x --micro-batch {size}: change one")
-    print(f"batch of {args.batch_size} images = {job.ranks} process(es) x {share // size} pass(es) "
-          f"of {size}")
+    print(f"batch of {args.batch_size} images = {job.ranks} process(es) x {share // size} "
+          f"pass(es) of {size}")
     first = job.rank * share
     return [slice(row, row + size) for row in range(first, first + share, size)]
 
