@@ -7,11 +7,9 @@
   python evaluate.py probe --data cifar10                            # what earlier tokens predict
 
 The definitions are those of ADM's TensorFlow evaluator, which most published tables use. Each
-command prints a table and appends it as a JSON line to out/<data>/evaluations.jsonl. With
-`torchrun --nproc-per-node 8 -- evaluate.py ...` the processes share the images.
-
-Below the commands and the metrics stands what training uses too: data sets, and the networks that
-compare images.
+command appends its table to out/<data>/evaluations.jsonl, too. With `torchrun --nproc-per-node 8
+-- evaluate.py ...` the processes share the images. Below the metrics stands what training also
+uses: the data sets, and the networks that compare images.
 """
 import argparse
 import hashlib
@@ -22,15 +20,15 @@ import sys
 import tarfile
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from functools import cache, lru_cache, partial
+from functools import partial
 from itertools import chain, repeat
 from pathlib import Path
+from types import SimpleNamespace
 
 from spectralar import (Help, UserError, all_sum, autocast, base_parser, dct2, first_rank_first,
-                        gather, in_window, largest_window, load_tokenizer, low_pass, parse_flags,
-                        random_streams, read_checkpoint, run_script, save_checkpoint, start_job,
-                        to_float, to_uint8, uniforms)
+                        gather, in_window, load_tokenizer, low_pass, parse_flags,
+                        random_streams, read_checkpoint, run_script, save_checkpoint,
+                        start_job, to_float, to_uint8, uniforms)
 
 import numpy as np
 import torch
@@ -40,7 +38,8 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from sample import (add_sampling_flags, balanced_labels, check_tokens, decode_image, draw_codes,
-                    load_models, permutation, save_image_grid, save_picture, spread_levels)
+                    image_grid, load_models, own_batches, permutation, progress, save_picture,
+                    spread_levels)
 
 
 def parse_args(argv=None):
@@ -66,12 +65,11 @@ def parse_args(argv=None):
     add("--batch-size", type=int, default=64, help="images per batch of one process")
     add_sampling_flags(parser)
     args = parse_flags(parser, argv)
-    if len(args.paths) != (2 if args.command == "compare" else 0):
+    if len(args.paths) != 2 * (args.command == "compare"):
         parser.error(f"compare takes two paths, the other commands none: {args.paths}")
     # Defaults that depend on other flags. After this function, args is only read.
-    if args.features is None:
-        small_images = args.command != "compare" and args.data in ("shapes", *CIFAR)
-        args.features = "classifier" if small_images else "inception"
+    small_images = args.command != "compare" and args.data in ("shapes", *CIFAR)
+    args.features = args.features or ("classifier" if small_images else "inception")
     if args.lpips is None:
         args.lpips = args.features == "inception"
     return args
@@ -81,11 +79,11 @@ def main(args):
     job = start_job(args)
     commands = dict(compare=run_compare, generation=run_generation,
                     reconstruction=run_reconstruction, truncation=run_truncation, probe=run_probe)
-    rows, more = commands[args.command](args, job)
+    rows = commands[args.command](args, job)
     if job.rank == 0:
         print_table(rows)
-        record = dict(command=" ".join(sys.argv), features=args.features, seed=args.seed,
-                      results=rows, **more)
+        flags = vars(args) | dict(out=str(args.out))
+        record = dict(command=" ".join(sys.argv), flags=flags, results=rows)
         args.out.mkdir(parents=True, exist_ok=True)
         with open(args.out / "evaluations.jsonl", "a") as file:
             file.write(json.dumps(record) + "\n")
@@ -101,16 +99,14 @@ def print_table(rows):
         print("  " + "  ".join(cell.rjust(width) for cell, width in zip(line, widths)))
 
 
-# -------------------------------------------------------------------------------------------------
-# compare: any images. Each command returns (rows of the table, more for the record)
+# ---- the commands: each returns the rows of its table -------------------------------------------
 
 def run_compare(args, job):
     network = load_network(args, None, None, job)
     samples = measure_path(args.paths[0], network, args, job)
     reference = measure_path(args.paths[1], network, args, job)
-    row = {"samples": args.paths[0], "images": samples.count,
-           "reference": args.paths[1], "reference images": reference.count}
-    return [row | compare_sets(samples, reference, args, job)], {}
+    row = {"images": samples.count, "reference images": reference.count}
+    return [row | compare_sets(samples, reference, args, job)]
 
 
 def load_network(args, data, image_size, job):
@@ -119,7 +115,7 @@ def load_network(args, data, image_size, job):
         load = partial(load_inception, args.inception, job.device)
     else:
         path = Path(args.classifier or args.out / "classifier.pt")
-        load = partial(load_classifier, path, JUDGE, args.data, data, image_size, job)
+        load = partial(load_classifier, path, JUDGE, data, image_size, job)
     return first_rank_first(load, job)
 
 
@@ -132,10 +128,9 @@ def compare_sets(samples, reference, args, job):
     """{metric: value} of samples against a reference, computed by the first rank; {} elsewhere."""
     if job.rank:
         return {}
-    for features in (samples, reference):
-        if features.count is not None and features.count < 2048:
-            print(f"warning: the Frechet distance of {features.count} images is biased: use at "
-                  f"least 2,048")
+    fewest = min(samples.count or 2048, reference.count or 2048)
+    if fewest < 2048:
+        print(f"warning: the Frechet distance of {fewest} images is biased: use at least 2,048")
     result = {distance_name(args): frechet_distance(*samples.moments, *reference.moments)}
     if samples.spatial is not None and reference.spatial is not None:
         result["sFID"] = frechet_distance(*samples.spatial, *reference.spatial)
@@ -151,19 +146,6 @@ def compare_sets(samples, reference, args, job):
     return result
 
 
-# -------------------------------------------------------------------------------------------------
-# generation, reconstruction, truncation: a trained run
-
-def run_generation(args, job):
-    gpt, tokenizer, _ = load_models(args, job)
-    tokens = check_tokens("--tokens", args.tokens, gpt.config.num_tokens)
-    train, _, network = open_run("gpt", tokenizer, args, job)
-    results = measure_generation(gpt, tokenizer, network, train, [tokens], args, job)
-    return results, dict(reference=args.reference or "training images", cfg=args.cfg,
-                         temperature=args.temperature, top_k=args.top_k, top_p=args.top_p,
-                         tokens=tokens)
-
-
 def open_run(kind, tokenizer, args, job):
     """(train, val, network that measures) of the run whose checkpoint of this kind is measured."""
     for level in args.levels or []:
@@ -174,6 +156,13 @@ def open_run(kind, tokenizer, args, job):
     return train, val, load_network(args, (train, val), size, job)
 
 
+def run_generation(args, job):
+    gpt, tokenizer, _ = load_models(args, job)
+    tokens = check_tokens("--tokens", args.tokens, gpt.config.num_tokens)
+    train, _, network = open_run("gpt", tokenizer, args, job)
+    return measure_generation(gpt, tokenizer, network, train, [tokens], args, job)
+
+
 @torch.no_grad()
 def measure_generation(gpt, tokenizer, network, train, levels, args, job):
     """Rows of samples decoded at each level, against training images or --reference."""
@@ -182,18 +171,18 @@ def measure_generation(gpt, tokenizer, network, train, levels, args, job):
         reference = measure_path(args.reference, network, args, job)
     else:
         chosen = pick_images(len(train), 50_000)
-        batches = read_batches("training images", train, chosen, args.batch_size, job)
-        reference = extract_features(batches, network, len(chosen), job)
+        reference = measure_images(train, chosen, network, args, job)
 
     # Each process draws the codes of its share once, and decodes them at every level.
     labels = balanced_labels(num, range(gpt.config.num_classes), args.seed)
-    drawn = [draw_codes(gpt, labels[rows], torch.arange(num)[rows], max(levels), args, job)
-             for rows in own_batches("sampling", num, args.batch_size, job)]
+    batches = own_batches(num, args.batch_size, job)
+    drawn = [draw_codes(gpt, labels[rows], rows, max(levels), args, job)
+             for rows in progress("sampling", batches, job)]
     results = []
     for level in levels:
-        bar = tqdm(drawn, desc=f"{level} tokens", disable=True if job.rank else None)
-        batches = (to_uint8(tokenizer.decode(codes, level)) for codes in bar)
-        samples = extract_features(batches, network, num, job)
+        images = (to_uint8(tokenizer.decode(codes, level))
+                  for codes in progress(f"{level} tokens", drawn, job))
+        samples = extract_features(images, batches, num, network, job)
         result = compare_sets(samples, reference, args, job)
         if args.features == "classifier":
             recognised = samples.logits.argmax(-1) == labels
@@ -206,21 +195,16 @@ def run_reconstruction(args, job):
     tokenizer = load_tokenizer(args.out / "tokenizer.pt", job.device)
     levels = args.levels or [tokenizer.config.num_tokens]
     _, val, network = open_run("tokenizer", tokenizer, args, job)
-    rows, more = measure_reconstructions(tokenizer, network, val, levels, args, job)
-    for row in rows:
-        del row["bands"]
-    return rows, more
+    return measure_reconstructions(tokenizer, network, val, levels, args, job)
 
 
 @torch.no_grad()
 def measure_reconstructions(tokenizer, network, val, levels, args, job):
-    """(rows, more) of held-out images, reconstructed at each level, against the images.
-
-    row["bands"]: the energy of each octave of frequencies, against that of the images, in dB.
-    """
+    """Rows of held-out images, reconstructed at each level, against the images.
+    band f: energy of the frequencies f .. 2f - 1, against that of the images, in dB."""
     lpips = first_rank_first(partial(load_lpips, job.device), job) if args.lpips else None
     chosen = pick_images(len(val), args.num)
-    own = own_rows(len(chosen), job)
+    batches = own_batches(len(chosen), args.batch_size, job)
 
     # Each image is read and encoded once, and decoded at all levels.
     original_moments = Moments()
@@ -228,7 +212,7 @@ def measure_reconstructions(tokenizer, network, val, levels, args, job):
     scores = {level: [] for level in levels}
     energies = {level: 0 for level in levels}       # (2, octaves): reconstructions, images
     codes = []
-    for rows in own_batches("reconstruction", len(chosen), args.batch_size, job):
+    for rows in progress("reconstruction", batches, job):
         images, labels = val.batch(chosen[rows])
         images = images.to(job.device)
         original_moments.add(network(images)[0])
@@ -237,66 +221,56 @@ def measure_reconstructions(tokenizer, network, val, levels, args, job):
             copies = to_uint8(tokenizer.decode(codes[-1], level))
             pool, _, logits = network(copies)
             moments[level].add(pool)
-            recognised = logits.argmax(-1).cpu() == labels
-            score = [recognised, psnr(copies, images), ssim(copies, images)]
+            score = [logits.argmax(-1).cpu() == labels, psnr(copies, images), ssim(copies, images)]
             if lpips is not None:
                 score.append(lpips(to_float(copies), to_float(images)))
             scores[level].append(torch.stack([x.double().cpu() for x in score], 1))
-            energies[level] += torch.stack([band_energy(to_float(copies)),
-                                            band_energy(to_float(images))])
+            energies[level] += torch.stack([band_energy(copies), band_energy(images)])
 
+    own = torch.cat(batches)
+    codes = gather(torch.cat(codes), own, len(chosen))
+    used, _, _ = codebook_use(codes, tokenizer.config.codebook_size)
+    rank = effective_rank(tokenizer.quantizer.vectors(codes.unique()))
     reference = original_moments.finish()
     results = []
     for level in levels:
+        window = tokenizer.edges[level - 1].item()
         distance = frechet_distance(*moments[level].finish(), *reference)
-        row = {"tokens": level, "r" + distance_name(args): distance}
+        row = {"tokens": level, "window": window, "r" + distance_name(args): distance}
         score = gather(torch.cat(scores[level]), own, len(chosen))
         accuracy, *quality = score.mean(0).tolist()
-        row.update(zip(("PSNR", "SSIM", "LPIPS"), quality))
+        row |= zip(("PSNR", "SSIM", "LPIPS"), quality)
         if args.features == "classifier":
             row["accuracy"] = accuracy
+        row |= {"codes used": used, "rank": rank}
         all_sum(energies[level])
         copied, original = energies[level]
-        row["bands"] = (10 * (copied / original).log10()).tolist()
-        results.append(row)
-
-    codes = gather(torch.cat(codes), own, len(chosen))
-    used, perplexity, _ = codebook_use(codes, tokenizer.config.codebook_size)
-    vectors = tokenizer.quantizer.vectors(codes.unique())
-    return results, dict(images=len(chosen), codebook_used=used, codebook_perplexity=perplexity,
-                         codebook_effective_rank=effective_rank(vectors))
-
-
-def run_truncation(args, job):
-    """Reconstructions and samples after the first i tokens."""
-    gpt, tokenizer, _ = load_models(args, job)
-    levels = args.levels or spread_levels(tokenizer.config.num_tokens)
-    train, val, network = open_run("gpt", tokenizer, args, job)
-    reconstructions, more = measure_reconstructions(tokenizer, network, val, levels, args, job)
-    samples = measure_generation(gpt, tokenizer, network, train, levels, args, job)
-
-    rows = []
-    for reconstruction, sample in zip(reconstructions, samples):
-        bands = reconstruction.pop("bands")
-        window = tokenizer.edges[reconstruction["tokens"] - 1].item()
-        row = {"tokens": reconstruction["tokens"], "window": window} | reconstruction
-        row |= {f"g{name}": value for name, value in sample.items()}
-        for octave, decibels in enumerate(bands):
+        for octave, decibels in enumerate((10 * (copied / original).log10()).tolist()):
             lowest = 2 ** octave // 2
             # A window of w keeps the frequencies below w.
             row[f"band {lowest}"] = decibels if lowest < window else None
-        rows.append(row)
+        results.append(row)
+    return results
+
+
+def run_truncation(args, job):
+    """Reconstructions (columns that begin with r) and samples (g) after the first i tokens."""
+    gpt, tokenizer, _ = load_models(args, job)
+    levels = args.levels or spread_levels(tokenizer.config.num_tokens)
+    train, val, network = open_run("gpt", tokenizer, args, job)
+    rows = measure_reconstructions(tokenizer, network, val, levels, args, job)
+    samples = measure_generation(gpt, tokenizer, network, train, levels, args, job)
+    for row, sample in zip(rows, samples):
+        row |= {f"g{name}": value for name, value in sample.items()}
 
     if job.rank == 0:
         draw_levels(args.out / "levels.png", tokenizer, val, levels, job)
         name = distance_name(args)
-        bands = [column for column in rows[0] if column.startswith("band")]
-        save_charts(args.out / "truncation.png", [
-            line_chart("PSNR (dB)", rows, "tokens", ["PSNR"]),
-            line_chart(f"{name} of reconstructions (r), samples (g)", rows, "tokens",
-                       [f"r{name}", f"g{name}"]),
-            line_chart("energy of frequencies f .. 2f - 1 (dB)", rows, "tokens", bands)])
-    return rows, more
+        save_charts(args.out / "truncation.png", rows, "tokens", {
+            "PSNR (dB)": ["PSNR"],
+            f"{name} of reconstructions (r), samples (g)": [f"r{name}", f"g{name}"],
+            "energy of frequencies f .. 2f - 1 (dB)": [c for c in rows[0] if c[:4] == "band"]})
+    return rows
 
 
 @torch.no_grad()
@@ -321,80 +295,77 @@ def draw_levels(path, tokenizer, val, levels, job):
         rows.append(to_uint8(tokenizer.decode(code.expand(len(levels), -1), level)))
 
     # On the left of each row stands the image that it shows.
-    originals = to_uint8(images)[[0, 0, *range(len(images))]]
-    rows = [torch.cat([image[None], row]) for image, row in zip(originals, rows)]
+    originals = pixels[[0, 0, *range(len(images))]]
+    rows = [torch.cat([image[None], row.cpu()]) for image, row in zip(originals, rows)]
     names = ["spectrum in its window", "sub-image"] + ["reconstruction"] * len(images)
     titles = ["image"] + [f"{i} tokens" if i > 1 else "1 token" for i in levels]
-    save_image_grid(path, rows, names, titles)
+    save_picture(path, image_grid(rows, names, titles))
 
 
-# -------------------------------------------------------------------------------------------------
-# probe: how well do earlier tokens predict each token? The measures:
+# ---- probe: how well do earlier tokens predict each token? --------------------------------------
 #   R2        a linear map predicts the code vector from those before it, on held-out images
 #   entropy   of the code in bits, if nothing else is known
 #   bits      cross-entropy of the GPT, which knows the class and all codes before
 
-@torch.no_grad()
 def run_probe(args, job):
     """How well earlier tokens predict each token. Patches of pixels are there to compare with."""
     gpt, tokenizer, _ = load_models(args, job)
-    N, S = tokenizer.config.num_tokens, tokenizer.config.image_size
-    train, val = open_data(args, S, job)
+    N, K = tokenizer.config.num_tokens, tokenizer.config.codebook_size
+    train, val = open_data(args, tokenizer.config.image_size, job)
     check_data(args.out / "gpt.pt", "gpt", train, args)
-    side = S // math.isqrt(N)
-    # N square patches, if they tile the image; 4,096 values can be correlated, more take too long.
-    patches_fit = side ** 2 * N == S ** 2 and 3 * S * S <= 4096
-
     # Training images fit the linear map, held-out images measure it.
-    vectors, patches = [], []
-    seen = []                                       # (codes, labels) of both sets
-    for data, most in ((train, args.num or 50_000), (val, 10_000)):
-        chosen = pick_images(len(data), most)
-        vector_moments, patch_moments = Moments(), Moments()
-        codes, labels = [], []
-        for rows in own_batches("encoding", len(chosen), 64, job):
-            images, batch_labels = data.batch(chosen[rows])
-            images = to_float(images.to(job.device))
-            codes.append(tokenizer.encode(images))
-            labels.append(batch_labels)
-            vector_moments.add(tokenizer.quantizer.vectors(codes[-1]).flatten(1))
-            if patches_fit:
-                patch_moments.add(F.unfold(images, side, stride=side).mT.flatten(1))
-        own = own_rows(len(chosen), job)
-        seen.append((gather(torch.cat(codes).cpu(), own, len(chosen)),
-                     gather(torch.cat(labels), own, len(chosen))))
-        vectors.append(vector_moments.finish())
-        if patches_fit:
-            patches.append(patch_moments.finish())
+    fit = correlate_tokens(tokenizer, train, args.num or 50_000, job)
+    test = correlate_tokens(tokenizer, val, 10_000, job)
 
     in_order = torch.arange(N)
-    _, _, perplexities = codebook_use(seen[0][0], tokenizer.config.codebook_size)
-    columns = {"R2": linear_r2(*vectors, in_order),
-               "R2 reversed": linear_r2(*vectors, in_order.flip(0)),
+    _, _, perplexities = codebook_use(fit["codes"], K)
+    columns = {"R2": linear_r2(fit["vectors"], test["vectors"], in_order),
+               "R2 reversed": linear_r2(fit["vectors"], test["vectors"], in_order.flip(0)),
                "entropy": [math.log2(perplexity) for perplexity in perplexities],
-               "bits": held_out_bits(gpt, *seen[1], job)["bits_by_position"]}
-    if patches_fit:
-        columns["R2 patches"] = linear_r2(*patches, in_order)
+               "bits": held_out_bits(gpt, test["codes"], test["labels"], job)["bits_by_position"]}
+    if "patches" in fit:
+        columns["R2 patches"] = linear_r2(fit["patches"], test["patches"], in_order)
 
     rows = [{"token": i + 1} | {name: values[i] for name, values in columns.items()}
             for i in range(N)]
     if job.rank == 0:
-        linear = [name for name in columns if name.startswith("R2")]
-        save_charts(args.out / "probe.png", [
-            line_chart("R2 of each place in the order, from those before", rows[1:], "token",
-                       linear),
-            line_chart("bits per token", rows, "token", ["entropy", "bits"])])
+        save_charts(args.out / "probe.png", rows[1:], "token", {
+            "R2 of each place, from those before": [c for c in columns if c[:2] == "R2"],
+            "bits per token": ["entropy", "bits"]})
     # The first token has none before it.
     means = {name: sum(values[1:]) / (N - 1) for name, values in columns.items()}
-    return rows + [{"token": "mean"} | means], {}
+    return rows + [{"token": "mean"} | means]
+
+
+@torch.no_grad()
+def correlate_tokens(tokenizer, data, most, job):
+    """Of up to `most` images: codes (n, N), labels (n,), and the mean and covariance of their code
+    vectors and, if N square patches tile an image of up to 4,096 values, of their patches."""
+    N, S = tokenizer.config.num_tokens, tokenizer.config.image_size
+    side = S // math.isqrt(N)
+    tiles = side ** 2 * N == S ** 2 and 3 * S * S <= 4096
+    chosen = pick_images(len(data), most)
+    batches = own_batches(len(chosen), 64, job)
+    codes, labels = [], []
+    vectors, patches = Moments(), Moments()
+    for rows in progress("encoding", batches, job):
+        images, batch_labels = data.batch(chosen[rows])
+        images = to_float(images.to(job.device))
+        codes.append(tokenizer.encode(images))
+        labels.append(batch_labels)
+        vectors.add(tokenizer.quantizer.vectors(codes[-1]).flatten(1))
+        if tiles:
+            patches.add(F.unfold(images, side, stride=side).mT.flatten(1))
+    own = torch.cat(batches)
+    result = dict(codes=gather(torch.cat(codes).cpu(), own, len(chosen)), vectors=vectors.finish(),
+                  labels=gather(torch.cat(labels), own, len(chosen)))
+    return result | (dict(patches=patches.finish()) if tiles else {})
 
 
 def linear_r2(fit, test, order):
     """R^2 of each of N vectors from those before it in an order, by least squares in float64.
-
     fit, test: mean (N d,) and covariance (N d, N d) of two sets of images. R^2 = 1 - squared error
-    / variance, both on the test images, about the mean of the fit; 0 for the first vector.
-    """
+    / variance, both on the test images, about the mean of the fit; 0 for the first vector."""
     mean, S = fit
     shift = test[0] - mean
     T = test[1] + shift[:, None] * shift
@@ -438,15 +409,12 @@ def held_out_bits(model, codes, labels, job):
                 bits_by_position=bits.tolist(), accuracy_by_position=hits.tolist())
 
 
-# -------------------------------------------------------------------------------------------------
-# metrics
+# ---- metrics ------------------------------------------------------------------------------------
 
 def frechet_distance(mu1, sigma1, mu2, sigma2):
     """|mu1 - mu2|^2 + tr(S1 + S2 - 2 sqrt(S1 S2)) in float64 (FID, Heusel et al. 2017).
-
     tr sqrt(S1 S2) is the sum of the roots of the eigenvalues of R S2 R with R = sqrt(S1), which is
-    symmetric: no general matrix root is needed, and no imaginary part can appear.
-    """
+    symmetric: no general matrix root is needed, and no imaginary part can appear."""
     mu1, sigma1, mu2, sigma2 = (torch.as_tensor(x, dtype=torch.float64).cpu()
                                 for x in (mu1, sigma1, mu2, sigma2))
     values, vectors = torch.linalg.eigh(sigma1)
@@ -457,9 +425,7 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
 
 def inception_score(logits, splits=1):
     """exp(mean KL(p(y|x) || p(y))) of logits (n, 1008): (mean, std) over consecutive parts.
-
-    NOTE with more than one part the order matters: sorted by class, samples score 62, not 298.
-    """
+    NOTE with more than one part the order matters: sorted by class, samples score 62, not 298."""
     log_p = torch.as_tensor(logits).double().log_softmax(-1)
     scores = []
     for i in range(splits):
@@ -472,11 +438,9 @@ def inception_score(logits, splits=1):
 
 def precision_recall(real, fake, k=3):
     """Improved precision and recall (Kynkaanniemi et al. 2019); features real (n, d), fake (m, d).
-
     A point's ball reaches to its k-th nearest neighbour in its own set. Precision is the share of
     fake points in any real ball, recall the share of real points in any fake ball.
-    NOTE float32; ADM's float16 distances raise both by about 0.002.
-    """
+    NOTE float32; ADM's float16 distances raise both by about 0.002."""
     real = torch.as_tensor(real, dtype=torch.float32)
     fake = torch.as_tensor(fake, dtype=torch.float32)
     return share_in_balls(fake, real, k), share_in_balls(real, fake, k)
@@ -500,15 +464,10 @@ def psnr(a, b):
 
 def ssim(a, b):
     """Structural similarity (Wang et al. 2004) of uint8 images (B, 3, H, W) -> (B,) float64.
-
     Gaussian window of 11 px, sigma 1.5, valid region, mean over the channels. It is measured on
-    0 .. 255, never on [-1, 1]: SSIM changes when both images are shifted.
-    """
-    H, W = a.shape[-2:]
-    if min(H, W) < 11:
-        raise UserError(f"SSIM's window is 11 px, the images are {W} x {H} px: use larger ones")
-    rows = gaussian_windows(H, a.device)
-    columns = gaussian_windows(W, a.device)
+    0 .. 255, never on [-1, 1]: SSIM changes when both images are shifted."""
+    rows = gaussian_windows(a.shape[-2], a.device)
+    columns = gaussian_windows(a.shape[-1], a.device)
 
     def blur(x):
         return rows @ x @ columns.T
@@ -532,22 +491,14 @@ def gaussian_windows(n, device):
     return torch.stack([F.pad(window, (i, n - 11 - i)) for i in range(n - 10)])
 
 
-@cache
-def octaves(S):
-    """(S, S) long: the octave of each frequency: 0 -> 0, 1 -> 1, 2 and 3 -> 2, 4 .. 7 -> 3 ...
-
-    The number of a frequency is how many of the windows 1, 2, 3 ... do not hold it.
-    """
-    windows = torch.arange(1, largest_window(S) + 1)
-    frequency = (~in_window(S, windows)).sum(0)                         # (S, S)
-    return torch.frexp(frequency.double()).exponent.long()
-
-
 def band_energy(images):
-    """Energy of images (B, 3, S, S) in each octave, summed over the images: (octaves,) float64."""
-    band = octaves(images.shape[-1]).flatten().to(images.device)
-    energy = dct2(images.double()).square().sum((0, 1)).flatten()
-    return energy.new_zeros(band.max() + 1).index_add_(0, band, energy).cpu()
+    """Energy of uint8 images (B, 3, S, S), summed over them, in each octave of frequencies: 0, 1,
+    2 and 3, 4 .. 7 ... -> (octaves,) float64."""
+    number = torch.arange(images.shape[-1], device=images.device)
+    frequency = torch.maximum(number[:, None], number)                  # (S, S)
+    octave = torch.frexp(frequency.double()).exponent.long().flatten()
+    energy = dct2(to_float(images).double()).square().sum((0, 1)).flatten()
+    return energy.new_zeros(octave.max() + 1).index_add_(0, octave, energy).cpu()
 
 
 def codebook_use(codes, K):
@@ -586,95 +537,69 @@ class Moments:
         return mu, self.outer.sub_(self.count * mu[:, None] * mu).div_(self.count - 1)
 
 
-# -------------------------------------------------------------------------------------------------
-# features of sets of images
+# ---- features of a set of images ----------------------------------------------------------------
+# count; moments: mean (d,) and covariance (d, d); spatial: those of Inception's spatial features;
+# pool (n, d); logits (n, classes). None: not known
 
-@dataclass
-class FeatureSet:
-    """What the metrics need of a set of images. None: not known."""
-    count: int = None               # of images
-    moments: tuple = None           # mean (d,) and covariance (d, d) of the features
-    spatial: tuple = None           # the same of Inception's spatial features, for sFID
-    pool: torch.Tensor = None       # (n, d) features of each image
-    logits: torch.Tensor = None     # (n, classes)
+def measure_images(images, chosen, network, args, job):
+    """Features of the chosen images of a data set."""
+    batches = own_batches(len(chosen), args.batch_size, job)
+    pixels = (images.batch(chosen[rows])[0] for rows in progress("measuring", batches, job))
+    return extract_features(pixels, batches, len(chosen), network, job)
 
 
 @torch.no_grad()
-def extract_features(batches, network, count, job):
-    """FeatureSet of `count` images; batches: this process's share, uint8 (B, 3, H, W) each."""
+def extract_features(images, batches, count, network, job):
+    """Features of `count` images, of which this process has some: uint8 (B, 3, H, W) for each of
+    its batches of row numbers."""
     pool_moments, spatial_moments = Moments(), Moments()
     pools, logits = [], []
-    for images in batches:
-        pool, spatial, batch_logits = network(images.to(job.device))
+    for pixels in images:
+        pool, spatial, batch_logits = network(pixels.to(job.device))
         pool_moments.add(pool)
         if spatial is not None:                     # Inception's only
             spatial_moments.add(spatial)
         pools.append(pool.cpu())
         logits.append(batch_logits.cpu())
-
-    own = own_rows(count, job)
-    features = FeatureSet(count, pool_moments.finish())
-    if spatial is not None:
-        features.spatial = spatial_moments.finish()
-    features.pool = gather(torch.cat(pools), own, count)
-    features.logits = gather(torch.cat(logits), own, count)
-    return features
-
-
-def own_rows(count, job):
-    """This process's consecutive share of `count` rows."""
-    return slice(count * job.rank // job.ranks, count * (job.rank + 1) // job.ranks)
-
-
-def own_batches(name, count, size, job):
-    """Slices of at most `size` rows: this process's share of `count`, under a bar."""
-    own = own_rows(count, job)
-    starts = range(own.start, own.stop, size)
-    for start in tqdm(starts, desc=name, disable=True if job.rank else None):
-        yield slice(start, min(start + size, own.stop))
-
-
-def read_batches(name, images, chosen, size, job):
-    """This process's share of the chosen images of a set."""
-    for rows in own_batches(name, len(chosen), size, job):
-        yield images.batch(chosen[rows])[0]
+    own = torch.cat(batches)
+    return SimpleNamespace(
+        count=count, moments=pool_moments.finish(),
+        spatial=None if spatial is None else spatial_moments.finish(),
+        pool=gather(torch.cat(pools), own, count), logits=gather(torch.cat(logits), own, count))
 
 
 def measure_path(path, network, args, job):
-    """FeatureSet of a folder of images, or of an .npz of images, of statistics or of both."""
+    """Features of a folder of images, or of an .npz of images, of statistics or of both."""
+    images, arrays = None, {}
     if Path(path).is_dir():
         images = Folder(path, [images_below(path)], None, args.workers)
+    else:
+        with np.load(path) as file:
+            arrays = dict(file)
+    if "arr_0" in arrays:
+        pixels = arrays["arr_0"]
+        if pixels.dtype != np.uint8 or pixels.shape[3:] != (3,):
+            raise UserError(f"{path}: arr_0 is {pixels.dtype} of shape {pixels.shape}, not uint8 "
+                            f"(n, H, W, 3): convert it")
+        images = InMemory(torch.from_numpy(pixels).permute(0, 3, 1, 2), torch.zeros(len(pixels)))
+
+    features = SimpleNamespace(count=None, moments=None, spatial=None, pool=None, logits=None)
+    if images is not None:
         chosen = pick_images(len(images), args.num)
-        batches = read_batches(path, images, chosen, args.batch_size, job)
-        features = extract_features(batches, network, len(chosen), job)
+        features = measure_images(images, chosen, network, args, job)
+    if not arrays:
         # Files come sorted, often by class. A score of consecutive parts needs them shuffled.
         features.logits = features.logits[permutation(len(chosen), "order of scores", 0, 0)]
-        return features
-
-    features = FeatureSet()
-    with np.load(path) as file:
-        if "arr_0" in file:
-            pixels = file["arr_0"]
-            if pixels.dtype != np.uint8 or pixels.shape[3:] != (3,):
-                raise UserError(f"{path}: arr_0 is {pixels.dtype} of shape {pixels.shape}, not "
-                                f"uint8 (n, H, W, 3): convert it")
-            pixels = torch.from_numpy(pixels).permute(0, 3, 1, 2)
-            chosen = pick_images(len(pixels), args.num)
-            batches = (pixels[chosen[rows]]
-                       for rows in own_batches(path, len(chosen), args.batch_size, job))
-            features = extract_features(batches, network, len(chosen), job)
-        # ADM's statistics are of the whole training set, its images are 10,000 of it.
-        if "mu" in file:
-            features.moments = file["mu"], file["sigma"]
-            features.spatial = (file["mu_s"], file["sigma_s"]) if "mu_s" in file else None
-    if features.moments is None:
-        raise UserError(f"{path} has neither arr_0 (images) nor mu and sigma (statistics)")
+    # ADM's statistics are of the whole training set, its images are 10,000 of it.
+    if "mu" in arrays:
+        features.moments = arrays["mu"], arrays["sigma"]
+        features.spatial = (arrays["mu_s"], arrays["sigma_s"]) if "mu_s" in arrays else None
     return features
 
 
-# -------------------------------------------------------------------------------------------------
-# data sets. Each has len(), class_names, fingerprint(), and batch(indices, crops=None) -> uint8
-# images (B, 3, S, S), labels (B,) long.
+# ---- data sets ----------------------------------------------------------------------------------
+# Each has len(), class_names, fingerprint(), and batch(indices, crops=None) -> uint8 images
+# (B, 3, S, S), labels (B,) long.
 
 def open_data(args, image_size, job):
     """(train, val) of --data. The first process opens it first, and downloads it if it must."""
@@ -683,10 +608,9 @@ def open_data(args, image_size, job):
             return Shapes("train", image_size), Shapes("val", image_size)
         if args.data in CIFAR:
             return open_cifar(args.data, Path(args.data_dir), image_size)
-        if args.data != "imagenet":
-            return open_folder(Path(args.data), image_size, args.workers)
-        root = Path(args.data_dir)
-        if not any((root / place / "train").is_dir() for place in ("", *KAGGLE)):
+        imagenet = args.data == "imagenet"
+        root = Path(args.data_dir if imagenet else args.data)
+        if imagenet and not any((root / place / "train").is_dir() for place in ("", *KAGGLE)):
             raise UserError(f"{root} has no train folder: --data-dir names the one that holds "
                             f"ImageNet's train/<wnid>/*.JPEG and val/<wnid>/*.JPEG")
         return open_folder(root, image_size, args.workers)
@@ -703,23 +627,16 @@ def check_data(path, kind, train, args):
                         f"give --data {name}, or another --out")
     learned = saved.get("class_names", train.class_names)
     if learned != train.class_names:
-        raise UserError(f"{path} learned {len(learned)} classes ({learned[:3]} ..), the data set "
-                        f"has {len(train.class_names)} ({train.class_names[:3]} ..): --overwrite "
-                        f"trains anew, another --out keeps both")
+        raise UserError(f"{path} learned the classes {learned[:5]} .., the data set has "
+                        f"{train.class_names[:5]} ..: train it again, with --overwrite")
 
 
 def batch_indices(n, batch_size, step, seed):
     """Which of n samples make the batch of a step; every epoch is a new permutation."""
     position = torch.arange(step * batch_size, (step + 1) * batch_size)
     epochs = position // n
-    parts = [epoch_order(n, epoch, seed)[position[epochs == epoch] % n]
-             for epoch in epochs.unique().tolist()]
-    return torch.cat(parts)
-
-
-@lru_cache(maxsize=2)
-def epoch_order(n, epoch, seed):
-    return permutation(n, "epochs", seed, epoch)
+    return torch.cat([permutation(n, "epochs", seed, epoch)[position[epochs == epoch] % n]
+                      for epoch in epochs.unique().tolist()])
 
 
 def pick_images(n, most):
@@ -727,9 +644,8 @@ def pick_images(n, most):
     return permutation(n, "choice of images", 0, 0)[:most].sort().values
 
 
-# -------------------------------------------------------------------------------------------------
-# built-in images: ten shapes on a smooth background (low frequencies), with an outline (middle
-# frequencies) and a texture (high frequencies)
+# ---- built-in images: ten shapes ----------------------------------------------------------------
+# on a smooth background (low frequencies), with an outline (middle) and a texture (high)
 
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring", "crescent", "heart", "arrow",
           "hourglass")
@@ -857,21 +773,19 @@ class Shapes:
         return np.where(kind == 0, 1, 0.78 + 0.22 * np.clip(2 * pattern, -1, 1))
 
 
-# -------------------------------------------------------------------------------------------------
-# CIFAR, from the official binary archives (no pickles)
+# ---- CIFAR, from the official binary archives (no pickles) --------------------------------------
 
-CIFAR_URL = "https://www.cs.toronto.edu/~kriz/"
 CIFAR = {
     "cifar10": dict(
-        archive="cifar-10-binary.tar.gz", folder="cifar-10-batches-bin",
+        url="https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz",
         sha256="c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd",
-        train=[f"data_batch_{i}.bin" for i in range(1, 6)], val=["test_batch.bin"],
-        label_bytes=1, names="batches.meta.txt"),
+        folder="cifar-10-batches-bin", names="batches.meta.txt", label_bytes=1,
+        train=[f"data_batch_{i}.bin" for i in range(1, 6)], val=["test_batch.bin"]),
     "cifar100": dict(
-        archive="cifar-100-binary.tar.gz", folder="cifar-100-binary",
+        url="https://www.cs.toronto.edu/~kriz/cifar-100-binary.tar.gz",
         sha256="58a81ae192c23a4be8b1804d68e518ed807d710a4eb253b1f2a199162a40d8ec",
-        train=["train.bin"], val=["test.bin"],
-        label_bytes=2, names="fine_label_names.txt"),            # a coarse label comes first
+        folder="cifar-100-binary", names="fine_label_names.txt", label_bytes=2,
+        train=["train.bin"], val=["test.bin"]),
 }
 
 
@@ -883,33 +797,39 @@ def open_cifar(name, data_dir, image_size):
     about = CIFAR[name]
     root = data_dir / about["folder"]
     if not root.is_dir():
-        archive = download(CIFAR_URL + about["archive"], data_dir, about["sha256"])
+        archive = download(about["url"], data_dir, about["sha256"])
         # Unpacked elsewhere, then renamed: an interrupted one leaves no half of a data set.
         with tempfile.TemporaryDirectory(dir=data_dir) as elsewhere:
             with tarfile.open(archive) as tar:
                 tar.extractall(elsewhere, filter="data")
             os.replace(Path(elsewhere) / about["folder"], root)
     class_names = (root / about["names"]).read_text().split()
-    return [InMemory([root / file for file in about[split]], about["label_bytes"], class_names)
-            for split in ("train", "val")]
+    splits = []
+    for split in ("train", "val"):
+        # Each image: its labels, of which the last one counts, then 3 x 32 x 32 bytes.
+        head = about["label_bytes"]
+        records = np.concatenate([np.fromfile(root / file, np.uint8) for file in about[split]])
+        records = torch.from_numpy(records.reshape(-1, head + 3072))
+        images = records[:, head:].unflatten(1, (3, 32, 32))
+        splits.append(InMemory(images, records[:, head - 1].long(), class_names))
+    return splits
 
 
 class InMemory:
-    """The images of binary files: of each image its labels, the last one counts, then 3 x 32 x 32
-    bytes."""
+    """Images uint8 (n, 3, H, W) and labels (n,) as a data set."""
 
-    def __init__(self, paths, label_bytes, class_names):
+    def __init__(self, images, labels, class_names=None):
+        self.images = images
+        self.labels = labels
         self.class_names = class_names
-        records = np.concatenate([np.fromfile(path, np.uint8) for path in paths])
-        self.records = records.reshape(-1, label_bytes + 3072)
-        self.labels = torch.from_numpy(self.records[:, label_bytes - 1].astype(np.int64))
-        self.images = torch.from_numpy(self.records[:, label_bytes:].reshape(-1, 3, 32, 32))
 
     def __len__(self):
-        return len(self.labels)
+        return len(self.images)
 
     def fingerprint(self):
-        return hashlib.sha256(self.records).hexdigest()[:16]
+        digest = hashlib.sha256(self.images.contiguous().numpy())
+        digest.update(self.labels.numpy())
+        return digest.hexdigest()[:16]
 
     def batch(self, indices, crops=None):
         indices = torch.as_tensor(indices)
@@ -924,13 +844,12 @@ def download(url, folder, sha256=None, name=None):
         try:
             torch.hub.download_url_to_file(url, str(path), sha256)
         except OSError as error:
-            raise UserError(f"cannot download {url} ({error}): fetch it elsewhere, and put it at "
-                            f"{path}")
+            raise UserError(f"cannot download {url} ({error}): fetch it, and put it at {path}")
     return path
 
 
-# -------------------------------------------------------------------------------------------------
-# folders of images: train/ and val/ inside, or one folder per class, or images alone (one class)
+# ---- folders of images --------------------------------------------------------------------------
+# train/ and val/ inside, or one folder per class, or images alone (one class)
 
 EXTENSIONS = {".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 HELD_OUT = "val", "valid", "validation", "test"  # names of a held-out folder, the best first
@@ -940,7 +859,7 @@ KAGGLE = "Data/CLS-LOC", "ILSVRC/Data/CLS-LOC"   # where Kaggle's ImageNet has t
 def open_folder(root, image_size, workers):
     """(train, val) of a folder. Class names are its folders', in words where ImageNet has some."""
     root = next((root / place for place in KAGGLE if (root / place).is_dir()), root)
-    folders = list_folders(root)
+    folders = [name for name in visible(os.listdir(root)) if (root / name).is_dir()]
     held_out = [name for name in HELD_OUT if name in folders]
     # Beside other folders and without a held-out one, "train" is a class, such as of vehicles.
     if "train" in folders and (held_out or folders == ["train"]):
@@ -962,9 +881,7 @@ def open_folder(root, image_size, workers):
     if val.keys() != train.keys():
         odd = sorted(val.keys() ^ train.keys())
         raise UserError(f"{root}: {len(train)} classes in train and {len(val)} in val, {len(odd)} "
-                        f"of them in one only (first: {odd[0]}): make them the same, each image "
-                        f"in its class's folder")
-
+                        f"of them in one only (first: {odd[0]}): make them the same")
     used = sum(len(files) for files in [*train.values(), *val.values()])
     left_out = sum(len(names) for _, _, names in os.walk(root)) - used
     if left_out > 0:
@@ -975,28 +892,24 @@ def open_folder(root, image_size, workers):
             Folder(root, list(val.values()), image_size, workers, names))
 
 
-def visible(name):
-    """Not left behind by another program, such as .DS_Store and __MACOSX."""
-    return not name.startswith((".", "__MACOSX"))
-
-
-def list_folders(folder):
-    return [name for name in sorted(os.listdir(folder))
-            if visible(name) and (folder / name).is_dir()]
+def visible(names):
+    """Sorted names, without those that other programs leave behind, .DS_Store and __MACOSX."""
+    return [name for name in sorted(names) if not name.startswith((".", "__MACOSX"))]
 
 
 def list_classes(folder, alone):
     """{class name: files}: sub-folders are classes; images alone are one class, named `alone`."""
-    places = {name: folder / name for name in list_folders(folder)} or {alone: folder}
-    return {name: images_below(place) for name, place in places.items()}
+    places = {name: folder / name for name in visible(os.listdir(folder))
+              if (folder / name).is_dir()}
+    return {name: images_below(place) for name, place in (places or {alone: folder}).items()}
 
 
 def images_below(folder):
     """Paths of all image files below a folder, sorted, so that image i is the same everywhere."""
     files = []
     for where, folders, names in os.walk(folder):
-        folders[:] = filter(visible, folders)
-        files += [os.path.join(where, name) for name in filter(visible, names)
+        folders[:] = visible(folders)
+        files += [os.path.join(where, name) for name in visible(names)
                   if os.path.splitext(name)[1].lower() in EXTENSIONS]
     if not files:
         raise UserError(f"{folder} has 0 images ({' '.join(sorted(EXTENSIONS))}): add some or "
@@ -1014,35 +927,30 @@ def read_table(root, name, separator):
 
 
 def hold_out(root, classes):
-    """(train, val), each {class name: files}; val gets about 5 % of the files, at least one.
-
-    A hash of its name decides about each file, so that a new file changes nothing for the others.
-    """
+    """(train, val), each {class name: files}; val gets about 5 % of the files, at least one. The
+    hash of its name decides about a file, so that a new one changes nothing for the others."""
     def number(file):
         name = Path(file).relative_to(root).as_posix()
         return int(hashlib.sha256(name.encode()).hexdigest(), 16) % 10_000
 
     # Each class keeps a file for training, unless there is just one per class.
-    chosen = set()
+    held_out = set()
     for files in classes.values():
-        chosen.update([file for file in files if number(file) < 500][:len(files) - 1])
-    if not chosen:
+        held_out.update([file for file in files if number(file) < 500][:len(files) - 1])
+    if not held_out:
         every = sorted(chain.from_iterable(classes.values()), key=number)
         if len(every) < 2:
             raise UserError(f"{root} has one image, and one is held out for validation: add more")
-        chosen.update(every[:max(1, len(every) // 20)])
-    print(f"{root} has no folder {' or '.join(HELD_OUT)}: {len(chosen)} images, about 5 %, are "
+        held_out.update(every[:max(1, len(every) // 20)])
+    print(f"{root} has no folder {' or '.join(HELD_OUT)}: {len(held_out)} images, about 5 %, are "
           f"held out by a hash of their names")
-    train = {name: [f for f in files if f not in chosen] for name, files in classes.items()}
-    val = {name: [f for f in files if f in chosen] for name, files in classes.items()}
-    return train, val
+    return ({name: [f for f in files if f not in held_out] for name, files in classes.items()},
+            {name: [f for f in files if f in held_out] for name, files in classes.items()})
 
 
 class Folder:
-    """Image files by class, decoded and cropped when a batch asks for them, by a few threads.
-
-    image_size None: whole pictures, which must have one size.
-    """
+    """Image files by class, decoded and cropped by a few threads when a batch asks for them.
+    image_size None: whole pictures, which must have one size."""
 
     def __init__(self, root, files_by_class, image_size, workers, class_names=None):
         self.root = root
@@ -1068,7 +976,7 @@ class Folder:
 
     def load(self, i, crop):
         """(pixels (S, S, 3), label) of file i, or of the next one that is not broken."""
-        for number in [*range(i, len(self)), *range(i)]:
+        for number in chain(range(i, len(self)), range(i)):
             try:
                 pixels = decode_image(self.files[number], self.image_size, crop)
                 return pixels, self.labels[number]
@@ -1087,8 +995,7 @@ class Folder:
         return images.contiguous(), torch.stack(labels)
 
 
-# -------------------------------------------------------------------------------------------------
-# networks that compare images: LPIPS, and small classifiers
+# ---- networks that compare images: LPIPS, and small classifiers ---------------------------------
 
 VGG_URL = "https://download.pytorch.org/models/vgg16-397923af.pth"
 LPIPS_URL = ("https://raw.githubusercontent.com/richzhang/PerceptualSimilarity/master/lpips/"
@@ -1097,18 +1004,17 @@ LPIPS_URL = ("https://raw.githubusercontent.com/richzhang/PerceptualSimilarity/m
 
 def load_perceptual(train, val, image_size, args, job):
     """The perceptual distance between two batches of images, as --perceptual-net says, or None."""
-    path = args.perceptual_net
-    if path == "classifier" and len(train.class_names) == 1:
+    net = args.perceptual_net
+    if net == "classifier" and len(train.class_names) == 1:
         print("a classifier learns nothing from one class, so there is no perceptual loss; "
               "--perceptual-net vgg would be one")
         return None
 
     def load():
-        if path == "vgg":
+        if net == "vgg":
             return load_lpips(job.device)
-        file = args.out / "perceptual.pt" if path == "classifier" else Path(path)
-        return ClassifierDistance(
-            load_classifier(file, PERCEPTUAL, args.data, (train, val), image_size, job))
+        path = args.out / "perceptual.pt" if net == "classifier" else Path(net)
+        return load_classifier(path, PERCEPTUAL, (train, val), image_size, job).distance
     return first_rank_first(load, job)
 
 
@@ -1162,13 +1068,16 @@ class LPIPS(nn.Module):
         return feature_distance(self.taps(a), self.taps(b), weights)
 
 
+def load_published(url, sha256=None, name=None):
+    """Weights from the web, downloaded once to where PyTorch keeps them (TORCH_HOME moves it)."""
+    path = download(url, Path(torch.hub.get_dir()) / "checkpoints", sha256, name)
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
 def load_lpips(device="cpu"):
-    """LPIPS with the published weights, downloaded once (VGG16: 528 MB)."""
-    trunk, layers = (
-        torch.load(download(url, weights_folder(), sha256, name), map_location="cpu",
-                   weights_only=True)
-        for url, sha256, name in ((VGG_URL, "397923af", None),
-                                  (LPIPS_URL, None, "lpips-v0.1-vgg.pth")))
+    """LPIPS with the published weights (VGG16: 528 MB)."""
+    trunk = load_published(VGG_URL, "397923af")
+    layers = load_published(LPIPS_URL, name="lpips-v0.1-vgg.pth")
     model = LPIPS()
     model.features.load_state_dict({name.removeprefix("features."): weight for name, weight in
                                     trunk.items() if name.startswith("features.")})
@@ -1177,18 +1086,10 @@ def load_lpips(device="cpu"):
     return model.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
 
 
-def weights_folder():
-    """Where PyTorch keeps downloaded weights; TORCH_HOME moves it."""
-    return Path(torch.hub.get_dir()) / "checkpoints"
-
-
 class Classifier(nn.Module):
     """Small residual network: uint8 (B, 3, S, S) -> features (B, C), None, logits (B, classes).
-
-    Trained on the data set at hand, so nothing is downloaded. evaluate.py measures with one of
-    these (JUDGE), and another one may serve in the perceptual loss (PERCEPTUAL). They differ in
-    size and seed, because a loss must not be its own judge.
-    """
+    Trained on the data set at hand. JUDGE measures, PERCEPTUAL may serve in the perceptual loss.
+    They differ in size and seed, because a loss must not be its own judge."""
 
     def __init__(self, num_classes, widths):
         super().__init__()
@@ -1214,40 +1115,26 @@ class Classifier(nn.Module):
         features = self.taps(to_float(images))[-1].mean((2, 3))
         return features, None, self.head(features)
 
-
-class ClassifierDistance(nn.Module):
-    """As LPIPS, with a Classifier's features and equal weights: two batches in [-1, 1] -> (B,)."""
-
-    def __init__(self, classifier):
-        super().__init__()
-        self.classifier = classifier
-
-    def forward(self, a, b):
-        return feature_distance(self.classifier.taps(a), self.classifier.taps(b), repeat(1.0))
+    def distance(self, a, b):
+        """As LPIPS, with these features and equal weights: two batches in [-1, 1] -> (B,)."""
+        return feature_distance(self.taps(a), self.taps(b), repeat(1.0))
 
 
 JUDGE = dict(widths=(32, 48, 96, 192), seed=0)
 PERCEPTUAL = dict(widths=(32, 64, 128, 128), seed=1)
 
 
-def load_classifier(path, kind, data_name, data, image_size, job):
-    """The classifier in a file, of kind JUDGE or PERCEPTUAL; trained and kept when absent.
-
-    data: (train, val), or None when the file tells all.
-    """
-    if data:
-        train, val = data
-        # A folder may be moved: its own name and its classes count.
-        about = dict(data=Path(data_name).name, image_size=image_size, classes=train.class_names,
-                     **kind)
+def load_classifier(path, kind, data, image_size, job):
+    """The classifier in a file, of kind JUDGE or PERCEPTUAL; trained on data (train, val) and kept
+    when absent. data None: any classifier will do."""
+    about = dict(image_size=image_size, classes=data[0].class_names, **kind) if data else {}
     if data and not path.exists():
-        print(f"training a classifier of {data_name} for {path}, minutes on a CPU")
-        model, accuracy = train_classifier(train, val, device=job.device, **kind)
+        print(f"training a classifier for {path}, minutes on a CPU")
+        model, accuracy = train_classifier(*data, device=job.device, **kind)
         path.parent.mkdir(parents=True, exist_ok=True)
         save_checkpoint(path, "classifier", **about, accuracy=accuracy, model=model.state_dict())
     saved = read_checkpoint(path, "classifier")
-    saved["data"] = Path(saved["data"]).name
-    for name, value in about.items() if data else ():
+    for name, value in about.items():
         if saved[name] != value:
             raise UserError(f"{path} is of {name} {saved[name]}, this run needs {value}: delete "
                             f"it, or name another file")
@@ -1297,8 +1184,7 @@ def augment(images):
     return images[image, :, rows[:, :, None], columns[:, None]].permute(0, 3, 1, 2)
 
 
-# -------------------------------------------------------------------------------------------------
-# Inception-v3 as in the 2015 TensorFlow graph that FID is defined by
+# ---- Inception-v3 as in the 2015 TensorFlow graph that FID is defined by ------------------------
 
 INCEPTION_URL = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
                  "pt_inception-2015-12-05-6726825d.pth")
@@ -1306,9 +1192,9 @@ INCEPTION_URL = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_
 
 def load_inception(path=None, device="cpu"):
     """InceptionV3 with the published weights, from a file or downloaded once (95 MB)."""
-    path = path or download(INCEPTION_URL, weights_folder(), "6726825d")
     model = InceptionV3()
-    model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+    model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True) if path else
+                          load_published(INCEPTION_URL, "6726825d"))
     # cuDNN convolves in float32. Its default, TF32, keeps 10 bits of each number.
     torch.backends.cudnn.conv.fp32_precision = "ieee"
     return model.to(device, memory_format=torch.channels_last).requires_grad_(False)
@@ -1316,9 +1202,7 @@ def load_inception(path=None, device="cpu"):
 
 class InceptionV3(nn.Module):
     """uint8 images (B, 3, H, W) -> pool3 (B, 2048), spatial (B, 2023), logits (B, 1008).
-
-    pool3 is for FID, precision and recall, spatial for sFID, the logits (without bias) for IS.
-    """
+    pool3 is for FID, precision and recall, spatial for sFID, the logits (without bias) for IS."""
 
     def __init__(self):
         super().__init__()
@@ -1344,10 +1228,6 @@ class InceptionV3(nn.Module):
         self.fc = nn.Linear(2048, 1008)
         self.eval()
 
-    def train(self, mode=True):
-        """Stays in eval mode: batch statistics would make a feature depend on its batch."""
-        return super().train(False)
-
     @torch.no_grad()
     def forward(self, images):
         x = (tf1_resize(images, 299) - 128) / 128                       # (B, 3, 299, 299)
@@ -1369,10 +1249,8 @@ class InceptionV3(nn.Module):
 
 def tf1_resize(images, size):
     """TensorFlow 1's bilinear resize: (B, 3, H, W) -> float32 (B, 3, size, size), same range.
-
     Output pixel i reads at i H / size: no half-pixel centres, no antialiasing. Another resize
-    moves FID by up to 2.
-    """
+    moves FID by up to 2."""
     H, W = images.shape[-2:]
     rows = resize_matrix(H, size, images.device)
     return rows @ images.float() @ resize_matrix(W, size, images.device).T
@@ -1415,10 +1293,8 @@ FORK = {"a": (1, 3), "b": (3, 1)}   # two convolutions side by side, by the end 
 
 class Mixed(nn.Module):
     """An Inception block: branches side by side, each a chain of convolutions.
-
     branches: {name: [(channels, kernel), ...]}, with torchvision's names. branch_pool starts with
-    the pooling. The pooling and the last convolution of each branch have the stride.
-    """
+    the pooling. The pooling and the last convolution of each branch have the stride."""
 
     def __init__(self, channels_in, pool, stride=1, **branches):
         super().__init__()
@@ -1466,22 +1342,22 @@ def mixed_7(channels, pool):
                  branch3x3dbl=[(448, 1), (384, 3), (384, FORK)], branch_pool=[(192, 1)])
 
 
-# -------------------------------------------------------------------------------------------------
-# line charts
+# ---- line charts --------------------------------------------------------------------------------
 
-COLOURS = "#1f5fa8", "#d1495b", "#2e933c", "#8d5fd3", "#e08e1b", "#555555", "#17a2b8", "#a0522d"
+COLOURS = ("#1f5fa8", "#d1495b", "#2e933c", "#8d5fd3", "#e08e1b", "#555555", "#17a2b8", "#a0522d",
+           "#c71585")
 
 
-def save_charts(path, charts):
-    """PNG of charts side by side."""
+def save_charts(path, rows, x_column, panels):
+    """PNG of line charts side by side; panels: {title: columns of the rows}."""
+    charts = [line_chart(title, rows, x_column, columns) for title, columns in panels.items()]
     save_picture(path, Image.fromarray(np.hstack(charts)))
     print(f"saved {path}")
 
 
 def line_chart(title, rows, x_column, columns):
     """Pillow picture of columns of a table; the rows stand at equal distances on the x axis."""
-    width, height = 840, 620                                # twice as large as a page shows it
-    left, right, top, bottom = 96, 808, 164, 540
+    left, right, top, bottom = 96, 808, 164, 540            # twice as large as a page shows it
     values = [row[column] for row in rows for column in columns if row[column] is not None]
     low, high = min(values), max(values)
     step = (right - left) / max(len(rows) - 1, 1)
@@ -1489,7 +1365,7 @@ def line_chart(title, rows, x_column, columns):
     def y_pixel(value):
         return bottom - (bottom - top) * (value - low) / (high - low or 1)
 
-    picture = Image.new("RGB", (width, height), "white")
+    picture = Image.new("RGB", (840, 620), "white")
     draw = ImageDraw.Draw(picture)
     draw.font = ImageFont.load_default(size=22)
     draw.text((left, 24), title, fill="black", anchor="lm")
@@ -1498,14 +1374,11 @@ def line_chart(title, rows, x_column, columns):
         draw.line([(left, y_pixel(value)), (right, y_pixel(value))], fill="#dddddd", width=2)
         draw.text((left - 12, y_pixel(value)), f"{value:.3g}", fill="black", anchor="rm")
     for i in range(0, len(rows), math.ceil(len(rows) / 10)):
-        label = str(rows[i][x_column])
-        draw.text((left + i * step, bottom + 14), label, fill="black", anchor="mt")
+        draw.text((left + i * step, bottom + 14), str(rows[i][x_column]), "black", anchor="mt")
 
-    for number, column in enumerate(columns):
-        colour = COLOURS[number % len(COLOURS)]
+    for number, (column, colour) in enumerate(zip(columns, COLOURS)):
         x, y = left + 240 * (number % 3), 64 + 30 * (number // 3)       # three names a row
-        draw.line([(x, y), (x + 18, y)], fill=colour, width=6)
-        draw.text((x + 24, y), column, fill="black", anchor="lm")
+        draw.text((x, y), column, fill=colour, anchor="lm")
         points = [(left + i * step, y_pixel(row[column]))
                   for i, row in enumerate(rows) if row[column] is not None]
         draw.line(points, fill=colour, width=4, joint="curve")

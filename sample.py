@@ -8,13 +8,12 @@
   torchrun --nproc-per-node 8 -- sample.py --npz samples.npz --num 50000   # for evaluate.py
 
 Image i of a seed has random numbers of its own, whatever the batch size and the number of
-processes. Rounding may still differ between them: it may move a pixel by one level, and once in a
-while change a code. Below the pictures stands what the later files use too: image files in, grids
-of images out.
+processes. Only rounding may differ: it moves a pixel by one level, and rarely changes a code.
 """
 import argparse
 import os
 import re
+from functools import lru_cache
 from pathlib import Path
 
 from spectralar import (Help, UserError, autocast, barrier, base_parser, code_fingerprint,
@@ -32,21 +31,18 @@ def parse_args(argv=None):
                                      parents=[base_parser()], allow_abbrev=False)
     group = parser.add_argument_group("what to draw")
     add = group.add_argument
-    add("--classes", nargs="+", help="numbers, from 0, folder names (wnids) or parts of names; "
-        "all where none is given, in a picture at most ten, evenly spread")
-    add("--num", type=int, help="images, shared evenly among the classes; where none is given, 8 "
-        "per class, with --progressive 1, with --npz 50,000 in all")
+    add("--classes", nargs="+", help="numbers, from 0, folder names (wnids) or parts of names "
+        "(all, in a picture at most ten, evenly spread)")
+    add("--num", type=int, help="images, shared evenly among the classes (8 per class; "
+        "--progressive: 1; --npz: 50,000 in all)")
     add("--batch-size", type=int, default=64, help="images at a time: more are faster")
-    add("--gif", action=argparse.BooleanOptionalAction, default=False,
-        help="an animation too, token by token")
-    add("--keep", type=int, help="of --upscale: tokens of the image to keep; a quarter where none "
-        "is given")
+    add("--gif", action="store_true", help="an animation too, token by token")
+    add("--keep", type=int, help="of --upscale: tokens of the image to keep (a quarter)")
     add = group.add_mutually_exclusive_group().add_argument
-    add("--progressive", action=argparse.BooleanOptionalAction, default=False,
+    add("--progressive", action="store_true",
         help="one row per image, with more tokens from left to right")
-    add("--upscale", metavar="IMAGE",
-        help="keep the first tokens of an image and sample the others; --classes says what it "
-             "shows (without it, sampling is unconditional)")
+    add("--upscale", metavar="IMAGE", help="keep the first tokens of an image and sample the "
+        "others, of --classes (without it, sampling is unconditional)")
     add("--npz", metavar="FILE", type=Path,
         help="write images for evaluation, of balanced classes in shuffled order")
     add_sampling_flags(parser)
@@ -66,8 +62,7 @@ def main(args):
         draw_samples(gpt, tokenizer, names, args, job)
 
 
-# -------------------------------------------------------------------------------------------------
-# pictures
+# ---- pictures -----------------------------------------------------------------------------------
 
 def draw_samples(gpt, tokenizer, names, args, job):
     """samples.png, a row per class, or progressive.png, a row per image; and as an animation."""
@@ -84,11 +79,12 @@ def draw_samples(gpt, tokenizer, names, args, job):
     if args.progressive:
         path = args.out / "progressive.png"
         columns = [levels.index(level) for level in shown]
-        save_image_grid(path, images[:, columns], [first_words[c] for c in labels],
-                        [str(level) for level in shown])
+        picture = image_grid(images[:, columns], [first_words[c] for c in labels],
+                             [str(level) for level in shown])
     else:
         path = args.out / "samples.png"
-        save_image_grid(path, class_rows(images[:, -1], classes), row_names)
+        picture = image_grid(class_rows(images[:, -1], classes), row_names)
+    save_picture(path, picture)
     if args.gif:
         frames = [image_grid(class_rows(images[:, g], classes), row_names, [f"{level}/{N}"])
                   for g, level in enumerate(levels)]
@@ -134,12 +130,9 @@ def upscale(gpt, tokenizer, names, args, job):
 @torch.no_grad()
 def sample_images(gpt, tokenizer, labels, levels, args, job, prefix=None):
     """Labels (n,), G levels -> uint8 images (n, G, 3, S, S), --batch-size at a time.
-
-    prefix (1, k): codes that all images keep.
-    """
+    prefix (1, k): codes that all images keep."""
     images = []
-    batches = torch.arange(len(labels)).split(args.batch_size)
-    for chosen in tqdm(batches, desc="sampling", disable=None):
+    for chosen in progress("sampling", own_batches(len(labels), args.batch_size, job), job):
         kept = None if prefix is None else prefix.expand(len(chosen), -1)
         codes = draw_codes(gpt, labels[chosen], chosen, levels[-1], args, job, kept)
         # Codes are drawn once, and decoded at every level: a preview costs no sampling.
@@ -151,12 +144,11 @@ def sample_images(gpt, tokenizer, labels, levels, args, job, prefix=None):
 @torch.no_grad()
 def draw_class_samples(path, gpt, tokenizer, class_names, cfg):
     """A grid of eight samples for each of up to ten classes, the same seeds each time."""
-    shown = class_names[:10]
-    labels = torch.arange(len(shown), device=gpt.pos.device).repeat_interleave(8)
+    names = [name.split(",")[0] for name in class_names[:10]]
+    labels = torch.arange(len(names), device=gpt.pos.device).repeat_interleave(8)
     seeds = random_streams("samples", 0, torch.arange(len(labels)))
-    codes = gpt.generate(labels, cfg=cfg, seeds=seeds)
-    images = to_uint8(tokenizer.decode(codes))
-    save_image_grid(path, images.split(8), [name.split(",")[0] for name in shown])
+    images = to_uint8(tokenizer.decode(gpt.generate(labels, cfg=cfg, seeds=seeds)))
+    save_picture(path, image_grid(images.split(8), names))
 
 
 def class_rows(images, classes):
@@ -164,8 +156,7 @@ def class_rows(images, classes):
     return [images[row::len(classes)] for row in range(min(len(images), len(classes)))]
 
 
-# -------------------------------------------------------------------------------------------------
-# many images for evaluation
+# ---- many images for evaluation -----------------------------------------------------------------
 
 @torch.no_grad()
 def write_npz(gpt, tokenizer, classes, args, job):
@@ -178,10 +169,8 @@ def write_npz(gpt, tokenizer, classes, args, job):
     S = tokenizer.config.image_size
     labels = balanced_labels(num, classes, args.seed)
 
-    # The processes take the batches in turn, and write into one array on the disk.
     images = shared_array(f"{path}.part", np.uint8, (num, S, S, 3), job)
-    batches = torch.arange(num).split(args.batch_size)[job.rank::job.ranks]
-    for chosen in tqdm(batches, desc="sampling", disable=True if job.rank else None):
+    for chosen in progress("sampling", own_batches(num, args.batch_size, job), job):
         codes = draw_codes(gpt, labels[chosen], chosen, N, args, job)
         pixels = to_uint8(tokenizer.decode(codes)).permute(0, 2, 3, 1)
         images[chosen.numpy()] = pixels.cpu().numpy()
@@ -194,6 +183,16 @@ def write_npz(gpt, tokenizer, classes, args, job):
         print(f"{num:,} images of {len(classes)} classes: {path}")
 
 
+def own_batches(count, size, job):
+    """The row numbers of each batch of this process: the processes take the batches in turn."""
+    return torch.arange(count).split(size)[job.rank::job.ranks]
+
+
+def progress(name, batches, job):
+    """The batches, under a bar where a terminal is attached."""
+    return tqdm(batches, desc=name, disable=True if job.rank else None)
+
+
 def shared_array(path, dtype, shape, job):
     """A new array on the disk that all processes write into; it takes no memory."""
     if job.rank == 0:
@@ -202,8 +201,7 @@ def shared_array(path, dtype, shape, job):
     return np.lib.format.open_memmap(path, "r+")
 
 
-# -------------------------------------------------------------------------------------------------
-# sampling, shared with evaluate.py
+# ---- sampling, shared with evaluate.py ----------------------------------------------------------
 
 def add_sampling_flags(parser):
     """Flags of all that samples."""
@@ -214,10 +212,9 @@ def add_sampling_flags(parser):
     add("--top-k", type=int, default=0, help="sample among the k likeliest codes; 0 = all")
     add("--top-p", type=float, default=1.0,
         help="sample among the likeliest codes that reach this probability together")
-    add("--tokens", type=int, help="stop after this many tokens; all where none is given")
-    add("--tokenizer", metavar="FILE",
-        help="decode by this tokenizer.pt of the same codes, such as one of train_tokenizer.py "
-             "--finetune-decoder; the one in gpt.pt where none is given")
+    add("--tokens", type=int, help="stop after this many tokens (all)")
+    add("--tokenizer", metavar="FILE", help="decode by this tokenizer.pt of the same codes, such "
+        "as one of train_tokenizer.py --finetune-decoder (the one in gpt.pt)")
 
 
 def load_models(args, job):
@@ -227,10 +224,9 @@ def load_models(args, job):
     if args.tokenizer:
         learned = code_fingerprint(tokenizer)
         tokenizer = load_tokenizer(args.tokenizer, job.device)
-        made = code_fingerprint(tokenizer)
-        if made != learned:
-            raise UserError(f"{args.tokenizer} makes codes {made}, {path} learned {learned}: name "
-                            f"the tokenizer it learned from, or its --finetune-decoder")
+        if code_fingerprint(tokenizer) != learned:
+            raise UserError(f"{args.tokenizer} makes codes {code_fingerprint(tokenizer)}, {path} "
+                            f"learned {learned}: name its tokenizer, or that one's finetuned")
     return gpt, tokenizer, names
 
 
@@ -260,8 +256,9 @@ def balanced_labels(num, classes, seed):
     return labels_in_turn(num, classes)[permutation(num, "order of labels", seed, 0)]
 
 
+@lru_cache(maxsize=4)
 def permutation(n, purpose, seed, index):
-    """(n,) long: the numbers 0 .. n - 1 in a random order, see random_streams."""
+    """(n,) long: 0 .. n - 1 in a random order (see random_streams). Do not modify it."""
     generator = torch.Generator().manual_seed(random_streams(purpose, seed, index).item())
     return torch.randperm(n, generator=generator)
 
@@ -271,8 +268,7 @@ def spread_levels(N):
     return [2 ** k for k in range(N.bit_length()) if 2 ** k < N] + [N]
 
 
-# -------------------------------------------------------------------------------------------------
-# classes by name
+# ---- classes by name ----------------------------------------------------------------------------
 
 def choose_classes(args, names):
     """Class numbers of --classes. Without it all, for a picture at most ten, evenly spread."""
@@ -287,11 +283,10 @@ def find_class(word, names):
     # A name reads "tench, Tinca tinca (n01440764)".
     parts = [re.split(r", | \(|\)", name.lower()) for name in names]
     lower = word.lower()
-    meanings = [
-        [c for c, name in enumerate(names) if name == word],
-        [c for c, its_parts in enumerate(parts) if lower in its_parts],
-        [int(word)] if word.isdigit() and int(word) < len(names) else [],
-        [c for c, name in enumerate(names) if lower in name.lower()]]
+    meanings = ([c for c, name in enumerate(names) if name == word],
+                [c for c, its_parts in enumerate(parts) if lower in its_parts],
+                [c for c in range(len(names)) if str(c) == word],
+                [c for c, name in enumerate(names) if lower in name.lower()])
     found = next(filter(None, meanings), [])
     if len(found) == 1:
         return found[0]
@@ -299,14 +294,11 @@ def find_class(word, names):
     raise UserError(f"{word!r} names {len(found)} of {len(names)} classes, not one: {some}")
 
 
-# -------------------------------------------------------------------------------------------------
-# image files
+# ---- image files --------------------------------------------------------------------------------
 
 def decode_image(path, size=None, crop=None):
     """An image file as a viewer shows it, uint8 RGB (H, W, 3). UserError when it is broken.
-
-    size: None = the whole picture, else ADM's square crop of that side, or any_crop(*crop).
-    """
+    size: None = the whole picture, else ADM's square crop of that side, or any_crop(*crop)."""
     try:
         with Image.open(path) as image:
             if crop is not None:                 # a JPEG far too large: decode a smaller one
@@ -354,14 +346,11 @@ def any_crop(image, size, scale, y, x):
     return image.resize((size, size), Image.BICUBIC, box=(left, top, left + side, top + side))
 
 
-# -------------------------------------------------------------------------------------------------
-# grids of images
+# ---- grids of images ----------------------------------------------------------------------------
 
 def image_grid(rows, names=None, columns=None):
     """Pillow picture of rows of images: a list of uint8 (n, 3, S, S).
-
-    names stand to the left of the rows, columns above the columns. Small images are enlarged.
-    """
+    names stand to the left of the rows, columns above the columns. Small images are enlarged."""
     S = rows[0].shape[-1]
     cell = S * max(1, 64 // S)
     gap = 2
@@ -383,11 +372,6 @@ def image_grid(rows, names=None, columns=None):
             tile = tile.resize((cell, cell), Image.NEAREST)
             picture.paste(tile, (left + i * (cell + gap), y))
     return picture
-
-
-def save_image_grid(path, rows, names=None, columns=None):
-    """image_grid as a PNG."""
-    save_picture(path, image_grid(rows, names, columns))
 
 
 def save_picture(path, picture, **how):

@@ -38,15 +38,13 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 
-# -------------------------------------------------------------------------------------------------
-# 1. spectrum (paper, section 3.2)
+# ---- 1. spectrum (paper, section 3.2) -----------------------------------------------------------
 
 @lru_cache(maxsize=None)
 def dct_matrix(n, dtype=torch.float32, device="cpu"):
     """(n, n) orthonormal DCT-II: row k holds a cosine of frequency k.
 
-    dct_matrix(n) @ signal is the signal's spectrum. The result is cached: do not modify it.
-    """
+    dct_matrix(n) @ signal is the signal's spectrum. The result is cached: do not modify it."""
     frequency = torch.arange(n, dtype=torch.float64)[:, None]
     position = torch.arange(n, dtype=torch.float64) + 0.5
     matrix = torch.cos(math.pi / n * frequency * position) * math.sqrt(2 / n)
@@ -80,8 +78,7 @@ def in_window(image_size, window, device=None):
     """True at the frequencies that a window keeps: the top-left square of the spectrum.
 
     window: an int -> (S, S), or a tensor of windows (...) -> (..., S, S). in_window(S, 1) keeps
-    the mean alone. Only this function and the next one depend on the shape of a window.
-    """
+    the mean alone. Only this function and the next one depend on the shape of a window."""
     frequency = torch.arange(image_size, device=device)
     window = torch.as_tensor(window, device=device)[..., None, None]
     return (frequency[:, None] < window) & (frequency < window)
@@ -96,8 +93,7 @@ def low_pass(x, window):
     """The sub-image: x without the frequencies outside the window, transformed back (section 3.2).
 
     x (B, 3, S, S); window: an int, or (B,) with one window per image.
-    low_pass(x, 1) is the mean colour everywhere, low_pass(x, S) is x.
-    """
+    low_pass(x, 1) is the mean colour everywhere, low_pass(x, S) is x."""
     S = x.shape[-1]
     window = torch.as_tensor(window, device=x.device).reshape(-1, 1)
     keep = in_window(S, window, x.device)                        # (B or 1, 1, S, S)
@@ -108,8 +104,7 @@ def low_pass(x, window):
     return torch.where(whole, x.to(sub_image.dtype), sub_image)
 
 
-# -------------------------------------------------------------------------------------------------
-# 2. the non-uniform token-frequency mapping (paper, Eq. 9)
+# ---- 2. the non-uniform token-frequency mapping (paper, Eq. 9) ----------------------------------
 
 def band_edges(num_tokens, image_size, power):
     """(N,) long: w_i, the window of the first i tokens. It never shrinks, and the last is S.
@@ -129,9 +124,8 @@ def band_edges(num_tokens, image_size, power):
     return (largest * share ** power).round().long().clamp(1, largest)
 
 
-# -------------------------------------------------------------------------------------------------
-# 3. masks (paper, section 3.3 and Figure 2). True: the position of the row may attend to the
-#    position of the column.
+# ---- 3. masks (paper, section 3.3 and Figure 2) -------------------------------------------------
+# True: the position of the row may attend to the position of the column.
 
 def causal_mask(T, device=None):
     """(T, T): position t sees positions 0 .. t."""
@@ -199,8 +193,7 @@ def decoder_mask(P, N, levels, flat=False):
     return torch.cat([sees_code, sees_mask.expand(B, -1, -1)], 2)
 
 
-# -------------------------------------------------------------------------------------------------
-# 4. transformer
+# ---- 4. transformer -----------------------------------------------------------------------------
 
 class Attention(nn.Module):
     """Multi-head self-attention with LayerNorm on queries and keys (QK-norm)."""
@@ -217,8 +210,7 @@ class Attention(nn.Module):
     def forward(self, x, mask=None, causal=False, cache=None, start=0):
         """x (B, T, D), the positions start .. start+T-1; cache (2, B, H, N, D/H): keys and values.
 
-        mask: bool, (T, T) or with dims for batch and heads before. causal: t sees 0 .. t.
-        """
+        mask: bool, (T, T) or with dims for batch and heads before. causal: t sees 0 .. t."""
         B, T, D = x.shape
         qkv = self.qkv(x).view(B, T, 3, self.heads, D // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)                     # (B, H, T, D/H) each
@@ -234,8 +226,7 @@ class Attention(nn.Module):
 class Block(nn.Module):
     """Transformer block with norms before attention and MLP (pre-norm).
 
-    A conditional block has AdaLN (DiT): the condition shifts, scales and gates both halves.
-    """
+    A conditional block has AdaLN (DiT): the condition shifts, scales and gates both halves."""
 
     def __init__(self, width, heads, conditional=False):
         super().__init__()
@@ -262,8 +253,7 @@ class Block(nn.Module):
         return x + gate_m * self.mlp(h)
 
 
-# -------------------------------------------------------------------------------------------------
-# 5. quantizer (paper, section 3.3; unit-length codes as in ViT-VQGAN and TiTok)
+# ---- 5. quantizer (paper, section 3.3; unit-length codes as in ViT-VQGAN and TiTok) -------------
 
 class VectorQuantizer(nn.Module):
     """Replaces each vector by the nearest of K learned unit vectors; the code is its number.
@@ -299,8 +289,7 @@ class VectorQuantizer(nn.Module):
 
         loss = |e - sg(z)|^2, a mean over all entries; z is normalised here, e is the vector of its
         code, sg stops the gradient. So codes follow the outputs, and the encoder learns from the
-        reconstruction alone.
-        """
+        reconstruction alone."""
         codes = self.nearest(z.detach())
         e = self.vectors(codes)
         z = F.normalize(z.float(), dim=-1)
@@ -318,8 +307,7 @@ class VectorQuantizer(nn.Module):
 
         z (n, d) and codes (n,) of the whole batch. The running average starts at 0, so the first
         call keeps only codes that are used at least as often as the average, and re-seeds the
-        rest. A new code counts as fully used; if nobody chooses it, it lives for 59 steps.
-        """
+        rest. A new code counts as fully used; if nobody chooses it, it lives for 59 steps."""
         K = len(self.usage)
         share = torch.bincount(codes, minlength=K) * (K / len(codes))
         self.usage.lerp_(share.to(self.usage), 1 - self.decay)
@@ -331,8 +319,7 @@ class VectorQuantizer(nn.Module):
         self.usage.masked_fill_(is_dead, 1.0)
 
 
-# -------------------------------------------------------------------------------------------------
-# 6. tokenizer (paper, section 3.3)
+# ---- 6. tokenizer (paper, section 3.3) ----------------------------------------------------------
 
 def setting(default, help):
     """A field of a config that is also a flag: its default, and its text in -h."""
@@ -449,8 +436,7 @@ class SpectralTokenizer(nn.Module):
     def decode_vectors(self, vectors, levels):
         """Code vectors (B, N, d), levels (B, G) -> reconstructions (B, G, 3, S, S), in one pass.
 
-        Each output image is low-passed, so that a level shows only its window's frequencies.
-        """
+        Each output image is low-passed, so that a level shows only its window's frequencies."""
         B, G = levels.shape
         P, N = self.config.num_patches, self.config.num_tokens
         code_tokens = self.from_code(vectors) + self.code_pos                      # (B, N, D)
@@ -467,8 +453,7 @@ class SpectralTokenizer(nn.Module):
     def forward(self, images, levels):
         """Training: images (B, 3, S, S), levels (B, G) -> the terms of a step.
 
-        reconstructions (B, G, 3, S, S), VQ loss, encoder outputs (B, N, d), codes (B, N)
-        """
+        reconstructions (B, G, 3, S, S), VQ loss, encoder outputs (B, N, d), codes (B, N)"""
         z = self.encode_vectors(images)
         vectors, codes, vq_loss = self.quantizer(z)
         return self.decode_vectors(vectors, levels), vq_loss, z, codes
@@ -481,8 +466,7 @@ class SpectralTokenizer(nn.Module):
         """Codes (B, N) -> images (B, 3, S, S), roughly in [-1, 1], not clipped.
 
         levels: how many codes each image may see. None = all, an int, or (B,). Codes after the
-        level are ignored.
-        """
+        level are ignored."""
         N = self.config.num_tokens
         levels = torch.as_tensor(N if levels is None else levels, device=codes.device)
         levels = levels.expand(len(codes))
@@ -501,8 +485,8 @@ def sine_positions(side, width):
     return torch.cat([y.sin(), y.cos(), x.sin(), x.cos()], 1) / math.sqrt(2)
 
 
-# -------------------------------------------------------------------------------------------------
-# 7. the nested objective (paper, section 3.3, Eq. 7): why token order follows frequency order
+# ---- 7. the nested objective (paper, section 3.3, Eq. 7) ----------------------------------------
+# Why the order of the tokens follows the order of the frequencies.
 
 def sample_levels(B, N, full_only=False):
     """(B, G) long: the levels that a training step decodes, N and one random level below N.
@@ -512,8 +496,7 @@ def sample_levels(B, N, full_only=False):
     NOTE: the paper does not say which levels it decodes; here N is always among them, because a
     random level alone reaches the last token once in N steps. In a published study (NesTok) that
     left 80 % of the codebook unused; with the full level too, FID fell from 2.46 to 1.93.
-    full_only: level N alone, for flat tokenizers and for finetuning a decoder.
-    """
+    full_only: level N alone, for flat tokenizers and for finetuning a decoder."""
     full = torch.full((B, 1), N)
     if full_only or N == 1:
         return full
@@ -529,16 +512,14 @@ def sub_images(images, levels, edges):
 def nested_loss(recon, targets, distance=F.mse_loss):
     """Eq. 7: the sum over the levels of distance(reconstruction, sub-image).
 
-    recon and targets (B, G, 3, S, S); distance: two batches (B, 3, S, S) -> a number, or (B,).
-    """
+    recon and targets (B, G, 3, S, S); distance: two batches (B, 3, S, S) -> a number, or (B,)."""
     loss = 0
     for level in range(recon.shape[1]):
         loss = loss + distance(recon[:, level], targets[:, level]).mean()
     return loss
 
 
-# -------------------------------------------------------------------------------------------------
-# 8. generator (paper, section 3.4)
+# ---- 8. generator (paper, section 3.4) ----------------------------------------------------------
 
 @dataclass
 class GPTConfig:
@@ -593,8 +574,7 @@ class GPT(nn.Module):
     def modulations(self, labels):
         """Labels (B,) -> the modulation of each block, then the shift and scale of the last norm.
 
-        They depend on the class alone, so sampling computes them once per sequence.
-        """
+        They depend on the class alone, so sampling computes them once per sequence."""
         condition = F.silu(self.class_embed(labels))                            # (B, D)
         blocks = [block.modulate(condition) for block in self.blocks]
         return blocks + [self.norm_modulation(condition)[:, None].chunk(2, -1)]
@@ -624,15 +604,13 @@ class GPT(nn.Module):
     def forward(self, codes, labels):
         """Teacher forcing: codes (B, N), labels (B,) -> logits (B, N, K).
 
-        The logits at position t predict s_(t+1). Label num_classes means: no class.
-        """
+        The logits at position t predict s_(t+1). Label num_classes means: no class."""
         return self.logits(self.embed(codes[:, :-1], labels), self.modulations(labels))
 
     def new_caches(self, rows, dtype):
         """One empty KV cache per block; all together 2 x depth x rows x N x D numbers.
 
-        d16, 64 tokens, 16 guided images = 32 rows: 2 x 16 x 32 x 64 x 1024 x 4 bytes = 268 MB.
-        """
+        d16, 64 tokens, 16 guided images = 32 rows: 2 x 16 x 32 x 64 x 1024 x 4 bytes = 268 MB."""
         c = self.config
         shape = (2, rows, c.heads, c.num_tokens, c.width // c.heads)
         device = self.code_embed.weight.device
@@ -684,8 +662,7 @@ def sample_from_logits(logits, uniform, temperature=1.0, top_k=0, top_p=1.0):
     """Draw one code per row: logits (B, K), uniform random numbers (B,) in [0, 1) -> (B,) long.
 
     In this order: temperature divides the logits (0: the likeliest code); top_k keeps the k
-    likeliest codes (0: all); top_p > 0 keeps, of these, the likeliest that together reach it.
-    """
+    likeliest codes (0: all); top_p > 0 keeps, of these, the likeliest that together reach it."""
     if temperature == 0 or top_k == 1:
         return logits.argmax(-1)
     logits = logits.double() / temperature
@@ -707,8 +684,7 @@ def sample_from_logits(logits, uniform, temperature=1.0, top_k=0, top_p=1.0):
     return order.gather(1, rank.clamp(max=last_allowed))[:, 0]
 
 
-# -------------------------------------------------------------------------------------------------
-# 9. checkpoints: a dict of tensors and plain types, always read with weights_only=True
+# ---- 9. checkpoints: a dict of tensors and plain types, always read with weights_only=True ------
 
 FORMAT = 2                      # raised when new code would misread an old file
 
@@ -729,8 +705,7 @@ def read_checkpoint(path, kind, mmap=False):
     except Exception as error:                   # a broken file raises nearly anything
         raise UserError(f"{path} is not a whole checkpoint ({one_line(error)})")
     if found != (kind, FORMAT):
-        raise UserError(f"{path} holds a {found[0]} of format {found[1]}, not a {kind} of format "
-                        f"{FORMAT}")
+        raise UserError(f"{path} is a {found[0]} of format {found[1]}, not a {kind} of {FORMAT}")
     return checkpoint
 
 
@@ -768,8 +743,7 @@ def code_fingerprint(tokenizer):
     return digest.hexdigest()[:16]
 
 
-# -------------------------------------------------------------------------------------------------
-# 10. machinery: nothing of the method
+# ---- 10. machinery: nothing of the method -------------------------------------------------------
 
 class UserError(ValueError):
     """A mistake of the user, told in one line: what disagrees, and the remedy."""
@@ -777,8 +751,7 @@ class UserError(ValueError):
 
 @contextmanager
 def whole_file(path):
-    """A name to write to. When all is written, the file gets its own name: a full disk or a kill
-    leaves the old file as it was."""
+    """A name to write to. The file gets its own when it is whole: until then the old one stays."""
     path = Path(path)
     temporary = path.with_name(f"{path.stem}.tmp{path.suffix}")
     yield temporary
@@ -819,8 +792,7 @@ def random_streams(purpose, seed, index):
     """The random streams of indices (B,) long, or of an int: one 64-bit number each.
 
     Every random number of a run comes from the stream of its purpose, seed and index. So no two
-    purposes share numbers, and a resumed run has nothing to restore. A seed may be any integer.
-    """
+    purposes share numbers, and a resumed run has nothing to restore. A seed may be any integer."""
     name = hashlib.sha256(f"{purpose} {seed}".encode()).digest()
     name = int.from_bytes(name[:8], "little", signed=True)
     return mix_bits(mix_bits(torch.as_tensor(index)) + name)
@@ -829,8 +801,7 @@ def random_streams(purpose, seed, index):
 def uniforms(streams, n):
     """Random streams (B,) -> (B, n) float64 in [0, 1): row b depends on streams[b] alone.
 
-    SplitMix64, a counter-based generator: an image's random numbers do not depend on its batch.
-    """
+    SplitMix64, a counter-based generator: an image's random numbers do not depend on its batch."""
     counter = torch.arange(1, n + 1, device=streams.device) * (0x9E3779B97F4A7C15 - 2 ** 64)
     bits = mix_bits(mix_bits(streams)[:, None] + counter)
     return ((bits >> 11) & ((1 << 53) - 1)).double() / 2 ** 53
@@ -844,8 +815,7 @@ def mix_bits(z):
     return z ^ ((z >> 31) & ((1 << 33) - 1))
 
 
-# -------------------------------------------------------------------------------------------------
-# processes and devices
+# ---- processes and devices ----------------------------------------------------------------------
 
 @dataclass
 class Job:
@@ -865,20 +835,17 @@ def start_job(args):
             job.device = f"cuda:{os.environ['LOCAL_RANK']}"
             torch.cuda.set_device(job.device)
         # The first process may train a classifier or download, while the others wait.
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo",
-                                timeout=timedelta(hours=1))
-        job.rank = dist.get_rank()
-        job.ranks = dist.get_world_size()
+        backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(hours=1))
+        job.rank, job.ranks = dist.get_rank(), dist.get_world_size()
         if job.rank:
             sys.stdout = open(os.devnull, "w")
 
-    # Our choice: bfloat16 where the hardware multiplies it, on GPUs and on CPUs with AMX. Other
-    # CPUs are slower in it than in float32, some of them 90 times.
-    if args.dtype == "bfloat16" or args.dtype == "auto" and (
-            cuda or torch.cpu._is_amx_tile_supported()):
+    # Our choice: bfloat16 where the hardware multiplies it. Other CPUs can be 90 times slower.
+    fast = cuda or torch.cpu._is_amx_tile_supported()
+    if args.dtype == "bfloat16" or args.dtype == "auto" and fast:
         job.dtype = torch.bfloat16
-    print(f"dtype {str(job.dtype).removeprefix('torch.')} (--dtype {args.dtype}), device "
-          f"{job.device}, {job.ranks} process(es)")
+    print(f"dtype {job.dtype}, device {job.device}, {job.ranks} process(es)")
     return job
 
 
@@ -895,7 +862,7 @@ def all_sum(x):
 
 
 def gather(x, rows, total):
-    """A tensor of `total` rows, of which each process has some: x is this one's slice `rows`."""
+    """All processes' rows of a tensor (total, ...); x holds those of this one, `rows`."""
     if not dist.is_initialized():
         return x
     whole = x.new_zeros(total, *x.shape[1:])
@@ -919,33 +886,25 @@ def first_rank_first(load, job):
     return result
 
 
-# -------------------------------------------------------------------------------------------------
-# flags, and how a script starts and ends
+# ---- flags, and how a script starts and ends ----------------------------------------------------
 
 BUILT_IN = ("shapes", "cifar10", "cifar100", "imagenet")
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """-h shows the docstring as it stands, and the default of each flag."""
-
-
-def data_name(text):
-    """--data: a built-in name, or the whole path of a folder."""
-    return text if text in BUILT_IN else str(Path(text).expanduser().resolve())
+    """-h shows the docstring as it stands, and each default; what None means, the text tells."""
 
 
 def base_parser():
     """The flags of every script; a parent of its parser."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     add = parser.add_argument_group("data and run").add_argument
-    add("--data", type=data_name, default="shapes",
-        help=", ".join(BUILT_IN) + ", or a folder of images")
+    add("--data", default="shapes", help=", ".join(BUILT_IN) + ", or a folder of images")
     add("--data-dir", default="data",
         help="where CIFAR's folder lies, or is downloaded to; ImageNet's folder of train and val")
-    add("--out", help="folder of the run's files; out/<data> where none is given")
+    add("--out", help="folder of the run's files (out/<data>)")
     add("--seed", type=int, default=0, help="of weights, batches and samples")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu",
-        help="cuda, cuda:1, cpu")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda, cuda:1")
     add("--dtype", choices=("auto", "bfloat16", "float32"), default="auto",
         help="of matrix products; auto: bfloat16 on CUDA and on CPUs with AMX, else float32")
     add("--workers", type=int, default=min(8, os.cpu_count() or 1),
@@ -954,8 +913,10 @@ def base_parser():
 
 
 def parse_flags(parser, argv):
-    """The flags, with the folder that --out stands for."""
+    """The flags, with whole paths for --data and --out."""
     args = parser.parse_intermixed_args(argv)    # paths may stand before and after flags
+    if args.data not in BUILT_IN:
+        args.data = str(Path(args.data).expanduser().resolve())
     args.out = Path(args.out or Path("out") / Path(args.data).name).expanduser()
     return args
 
@@ -989,11 +950,10 @@ def run_script(main, args):
     except (UserError, OSError) as error:        # OSError: a missing file, a full disk, no network
         print(f"error: {error}", file=sys.stderr)
     except torch.OutOfMemoryError:
-        flag = "--micro-batch" if hasattr(args, "micro_batch") else "--batch-size"
-        print(f"error: out of memory: take a smaller {flag}", file=sys.stderr)
+        print("error: out of memory: take a smaller --micro-batch or --batch-size",
+              file=sys.stderr)
     if dist.is_initialized():
-        # gloo's threads outlive the group and may abort Python's own exit (1 of 36 runs), so leave
-        # without it.
+        # gloo's threads may abort Python's own exit (1 of 36 runs), so leave without it.
         dist.destroy_process_group()
         sys.stdout.flush()
         sys.stderr.flush()

@@ -17,22 +17,20 @@ from itertools import count
 
 from spectralar import (GPT, GPTConfig, UserError, add_settings, autocast, barrier,
                         code_fingerprint, config_from_flags, load_tokenizer, random_streams,
-                        read_checkpoint, run_script, setting, start_job, to_float, uniforms)
+                        run_script, setting, start_job, to_float, uniforms)
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 from evaluate import Folder, batch_indices, check_data, held_out_bits, open_data, pick_images
-from sample import draw_class_samples, shared_array
-from train_tokenizer import (Interrupt, Log, TrainingSettings, add_mean, ahead, file_stamp,
+from sample import draw_class_samples, own_batches, progress, shared_array
+from train_tokenizer import (Log, TrainingSettings, add_mean, ahead, catch_signals, file_stamp,
                              gradient_sync, make_optimizers, optimizer_step, parse_training_flags,
                              restore, save_run, split_batch, start_folder, training_parser,
                              update_ema, wrap_model)
 
-# -------------------------------------------------------------------------------------------------
-# settings
+# ---- settings -----------------------------------------------------------------------------------
 
 # The crops of any_crop: (short side relative to the image side, place down, place to the right).
 FIVE_CROPS = [(1.1, 0.5, 0.5), (1.1, 0, 0), (1.1, 0, 1), (1.1, 1, 0), (1.1, 1, 1)]
@@ -55,7 +53,7 @@ class GeneratorSettings(TrainingSettings):
     ema: float = setting(0.99, "decay of the averaged weights, which are evaluated")
     eval_every: int = setting(300, "steps between evaluations with pictures")
     label_drop: float = setting(0.1, "share of labels dropped, for guidance")
-    code_images: int = setting(None, "training images to encode; all where none is given")
+    code_images: int = setting(None, "training images to encode (all)")
     eval_images: int = setting(2048, "held-out images to encode")
     sample_cfg: float = setting(2.0, "guidance of the samples drawn at each evaluation")
 
@@ -71,30 +69,32 @@ def parse_args(argv=None):
     return parse_training_flags(parser, argv, "gpt")
 
 
-# -------------------------------------------------------------------------------------------------
-# one training step
+# ---- one training step --------------------------------------------------------------------------
 
 def generator_step(step, batch, parts, wrapped, args, job):
     """Cross-entropy of one batch, gradients and updates; returns {term: value} for the log.
 
-    batch: this process's micro-batches of codes (b, N) and labels (b,).
-    """
+    batch: this process's micro-batches of codes (b, N) and labels (b,)."""
+    model = parts["model"]
+    passes = len(batch)
     terms = {}
     for micro, (codes, labels) in enumerate(batch):
-        codes = codes.to(job.device, non_blocking=True)
-        labels = labels.to(job.device, non_blocking=True)
-        last = micro == len(batch) - 1
+        codes = codes.to(job.device)
+        labels = labels.to(job.device)
+        last = micro == passes - 1
 
         # Gradients of all passes add up. Divided by their number, they are those of the batch.
         with gradient_sync(wrapped, last, job):
             losses = generator_losses(wrapped, codes, labels, job)
-            (losses["loss"] / len(batch)).backward()
-        add_mean(terms, losses, len(batch))
+            loss = losses["loss"] / passes
+            loss.backward()
+        add_mean(terms, losses, passes)
 
+    # Only now the gradients are those of the whole batch, so that they can be clipped.
+    optimizers = [parts["optimizer"], parts.get("muon")]
+    terms["norm"] = optimizer_step(model, optimizers, step, args)
     # The averaged weights make better samples than those of the last step.
-    terms["norm"] = optimizer_step(
-        parts["model"], [parts["optimizer"], parts.get("muon")], step, args)
-    update_ema(parts["ema"], parts["model"], args.ema, step)
+    update_ema(parts["ema"], model, args.ema, step)
     return terms
 
 
@@ -103,52 +103,67 @@ def generator_losses(model, codes, labels, job):
     with autocast(job):
         logits = model(codes, labels)                                           # (B, N, K)
     # The logits at a position predict the code that stands there (see GPT.embed).
-    loss = F.cross_entropy(logits.float().flatten(0, 1), codes.flatten())
+    loss = F.cross_entropy(
+        logits.float().flatten(0, 1),
+        codes.flatten(),
+    )
     bits = loss / math.log(2)
-    accuracy = (logits.argmax(-1) == codes).float().mean()
+    hits = logits.argmax(-1) == codes                                           # (B, N)
+    accuracy = hits.float().mean()
     return dict(loss=loss, bits=bits, accuracy=accuracy)
 
 
-# -------------------------------------------------------------------------------------------------
-# the run
+# ---- the run ------------------------------------------------------------------------------------
 
 def main(args):
     job = start_job(args)
     path = args.out / "gpt.pt"
     start_folder(path, args)
 
-    # The generator learns codes, so the data set is encoded first.
-    tokenizer = load_tokenizer(args.out / "tokenizer.pt", job.device)
+    # The tokenizer, and the images whose codes the generator learns.
+    tokenizer_path = args.out / "tokenizer.pt"
+    tokenizer = load_tokenizer(tokenizer_path, job.device)
     train, val = open_data(args, tokenizer.config.image_size, job)
-    check_data(args.out / "tokenizer.pt", "tokenizer", train, args)
-    carried = dict(class_names=train.class_names, data=train.fingerprint(),
-                   tokenizer=dict(config=asdict(tokenizer.config), model=tokenizer.state_dict(),
-                                  fingerprint=code_fingerprint(tokenizer)))
-    parts = build_generator_parts(tokenizer.config, len(train.class_names), args, job)
+    check_data(tokenizer_path, "tokenizer", train, args)
+    names = train.class_names
+
+    # What a resumed run must find unchanged, and what sampling needs: gpt.pt is enough for it.
+    same = dict(class_names=names, codes_of_tokenizer=code_fingerprint(tokenizer))
+    config = asdict(tokenizer.config)
+    carried = dict(
+        tokenizer=dict(config=config, model=tokenizer.state_dict()),
+        data=train.fingerprint(),
+        **same,
+    )
+    parts = build_generator_parts(tokenizer.config, len(names), args, job)
     start = 0
     if args.resume:
-        check_same_codes(path, train, carried, args)
-        start = restore(path, "gpt", parts, args)
+        start = restore(path, "gpt", parts, args, **same)
+
+    # The generator learns codes, so the data set is encoded first.
     codes = encode_data("train", tokenizer, train, args.code_images, args.views, args, job)
     held_out = encode_data("val", tokenizer, val, args.eval_images, "centre", args, job)
-    print(f"{len(codes):,} images in {codes['codes'].shape[1]} views, {len(train.class_names)} "
-          f"classes")
-
+    print(f"{len(codes):,} images in {codes['codes'].shape[1]} views, {len(names)} classes")
     wrapped = wrap_model(parts["model"], args, job)
-    batches = code_batches(codes, len(train.class_names), args, job, start)
+    batches = code_batches(codes, len(names), args, job, start)
+
     log = Log(args.out / "log-gpt.jsonl", parts["model"], args, job)
-    interrupt = Interrupt(job)
+    caught = catch_signals(job)
     stamp = file_stamp(path)
+    save_every = args.save_every or args.eval_every
 
     for step in range(start, args.steps):
         # The batch was made while the step before it ran.
         batch = next(batches)
-        log.add(generator_step(step, batch, parts, wrapped, args, job))
+        terms = generator_step(step, batch, parts, wrapped, args, job)
+        log.add(terms)
 
+        # What is due after this step? The last one, and the one at Ctrl-C, are always saved.
         done = step + 1
-        leaves = done == args.steps or interrupt.asked
-        saves = leaves or done % (args.save_every or args.eval_every) == 0
+        leaves = done == args.steps or bool(caught)
+        saves = leaves or done % save_every == 0
         evaluates = done == args.steps or done % args.eval_every == 0
+
         # A loss that is not finite ends the run here, before it can be saved.
         if saves or evaluates or done % args.log_every == 0:
             log.report(done)
@@ -156,24 +171,17 @@ def main(args):
         if saves:
             stamp = save_run(path, "gpt", parts, done, stamp, args, job, **carried)
         if evaluates and job.rank == 0:
-            log.write(step=done, **evaluate_generator(parts["ema"], held_out, args, job))
-            draw_class_samples(args.out / "samples.png", parts["ema"], tokenizer,
-                               train.class_names, args.sample_cfg)
+            record = evaluate_generator(parts["ema"], held_out, job)
+            log.write(step=done, **record)
+            samples = args.out / "samples.png"
+            draw_class_samples(samples, parts["ema"], tokenizer, names, args.sample_cfg)
             log.reset()
         if leaves:
             break
-    interrupt.report(path, done)
+
+    if caught:
+        raise UserError(f"{caught[0]} after step {done}: saved {path}, --resume goes on")
     print(f"saved {path}, {args.out / 'samples.png'}")
-
-
-def check_same_codes(path, train, carried, args):
-    """UserError when the checkpoint to resume learned other classes, or another tokenizer."""
-    check_data(path, "gpt", train, args)
-    learned = read_checkpoint(path, "gpt", mmap=True)["tokenizer"]["fingerprint"]
-    now = carried["tokenizer"]["fingerprint"]
-    if learned != now:
-        raise UserError(f"{path} learned codes of tokenizer {learned}, {args.out}/tokenizer.pt "
-                        f"makes those of {now}: --overwrite instead of --resume starts anew")
 
 
 def build_generator_parts(tokenizer_config, num_classes, args, job):
@@ -188,7 +196,7 @@ def build_generator_parts(tokenizer_config, num_classes, args, job):
     return dict(model=model, ema=copy.deepcopy(model).eval(), **make_optimizers(model, args, job))
 
 
-def evaluate_generator(model, records, args, job):
+def evaluate_generator(model, records, job):
     """Bits per token and accuracy on held-out codes, over all and by position."""
     codes = torch.from_numpy(records["codes"][:, 0].astype(np.int64))           # (n, N)
     labels = torch.from_numpy(records["label"].astype(np.int64))
@@ -199,15 +207,12 @@ def evaluate_generator(model, records, args, job):
     return record
 
 
-# -------------------------------------------------------------------------------------------------
-# the data set as codes
+# ---- the data set as codes ----------------------------------------------------------------------
 
 def code_batches(data, num_classes, args, job, start):
     """The batch of each step from `start` on: this process's micro-batches of codes and labels.
-
     Each image comes in a random view, and some labels are dropped (label num_classes). A batch
-    depends on seed and step alone, whatever the number of processes.
-    """
+    depends on seed and step alone, whatever the number of processes."""
     views = data["codes"].shape[1]
     passes = split_batch(args, job)
 
@@ -232,7 +237,6 @@ def code_batches(data, num_classes, args, job, start):
 @torch.no_grad()
 def encode_data(split, tokenizer, data, most, views, args, job):
     """Records (label, codes (V, N)) of up to `most` images in V views, encoded by all processes.
-
     The file's name tells the tokenizer, images and views, so that codes of others are never taken.
     """
     crops, mirrored = VIEWS[views]
@@ -252,9 +256,9 @@ def encode_data(split, tokenizer, data, most, views, args, job):
         shape = (len(crops) * (1 + mirrored), tokenizer.config.num_tokens)
         record = np.dtype([("label", np.int32), ("codes", np.uint16, shape)])
         file = shared_array(f"{path}.part", record, (len(chosen),), job)
-        # The processes take the batches in turn. A thread reads images while the model encodes.
-        batches = torch.arange(len(chosen)).split(64)[job.rank::job.ranks]
-        bar = tqdm(batches, desc=f"encoding {split} images", disable=True if job.rank else None)
+        # A thread reads images while the model encodes those before.
+        batches = own_batches(len(chosen), 64, job)
+        bar = progress(f"encoding {split} images", batches, job)
         for rows, images_of_views in zip(bar, ahead(read_views, batches)):
             codes = []
             for images, labels in images_of_views:

@@ -5,11 +5,8 @@
   python train_tokenizer.py --data /my/images --image-size 64   # a folder of your own
   torchrun --nproc-per-node 8 train_tokenizer.py --data imagenet --data-dir /path/to/ILSVRC
 
-out/<data>/ also gets recon.png (a spectrum in its windows, sub-images, reconstructions at several
-levels) and log-tokenizer.jsonl.
-
-This file goes from the run to its parts: settings, one training step, main with the loop, then
-what they use: evaluation, flags, batches, optimizers, checkpoint and log, discriminator.
+out/<data>/ also gets recon.png (a spectrum in its windows, sub-images, reconstructions) and
+log-tokenizer.jsonl. Read settings, the training step, main with its loop, then what they use.
 """
 import argparse
 import copy
@@ -24,7 +21,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from itertools import count
-from pathlib import Path
 
 from spectralar import (Block, Help, SpectralTokenizer, TokenizerConfig, UserError, add_settings,
                         all_sum, autocast, base_parser, config_from_flags, gather, load_tokenizer,
@@ -41,8 +37,7 @@ from evaluate import (LPIPS, batch_indices, codebook_use, draw_levels, effective
                       load_perceptual, open_data, pick_images, psnr)
 from sample import spread_levels
 
-# -------------------------------------------------------------------------------------------------
-# settings: each field is a flag
+# ---- settings: each field is a flag -------------------------------------------------------------
 
 @dataclass
 class TrainingSettings:
@@ -108,18 +103,18 @@ def parse_args(argv=None):
     return parse_training_flags(parser, argv, "tokenizer")
 
 
-# -------------------------------------------------------------------------------------------------
-# one training step
+# ---- one training step --------------------------------------------------------------------------
 
 def training_step(step, batch, parts, wrapped, perceptual, args, job):
     """Losses, gradients and updates of one step; returns {term: value} for the log.
 
     batch: this process's micro-batches, each (rows of the whole batch, uint8 images (b, 3, S, S)).
-    parts: the run's models and optimizers. wrapped: the models as a step calls them, see
-    wrap_model.
+    parts: the run's models and optimizers. wrapped: the models as a step calls them (wrap_model).
     """
     model = parts["model"]
     discriminator = parts.get("discriminator")
+    passes = len(batch)
+
     # Some losses join later, when there is something in the reconstructions to judge.
     if step < args.perceptual_start:
         perceptual = None
@@ -128,17 +123,19 @@ def training_step(step, batch, parts, wrapped, perceptual, args, job):
 
     # All draws of a step follow from the seed and the step: every process draws the same levels,
     # and a run that is resumed draws the levels that it would have drawn.
-    torch.manual_seed(random_streams("tokenizer step", args.seed, step).item())
-    levels = sample_levels(args.batch_size, model.config.num_tokens,
-                           full_only=model.config.flat or args.finetune_decoder)
+    stream = random_streams("tokenizer step", args.seed, step)
+    torch.manual_seed(stream.item())
+    full_only = model.config.flat or args.finetune_decoder
+    levels = sample_levels(args.batch_size, model.config.num_tokens, full_only)
 
     vectors = []
     codes = []
     terms = {}
     for micro, (rows, images) in enumerate(batch):
-        images = to_float(images.to(job.device, non_blocking=True))
+        images = images.to(job.device, non_blocking=True)
+        images = to_float(images)
         its_levels = levels[rows].to(job.device)
-        last = micro == len(batch) - 1
+        last = micro == passes - 1
 
         # The discriminator is frozen here, because this pass trains the tokenizer only.
         if discriminator:
@@ -148,31 +145,35 @@ def training_step(step, batch, parts, wrapped, perceptual, args, job):
             losses, recon, z, code = tokenizer_losses(
                 wrapped["model"], images, its_levels, model.edges, perceptual, discriminator,
                 args, job)
-            (losses["loss"] / len(batch)).backward()
+            loss = losses["loss"] / passes
+            loss.backward()
         vectors.append(z)
         codes.append(code)
-        add_mean(terms, losses, len(batch))
+        add_mean(terms, losses, passes)
 
         # The discriminator learns from the same images and their full-level reconstructions.
         if discriminator:
             discriminator.requires_grad_(True)
             with gradient_sync(wrapped["discriminator"], last, job):
-                with autocast(job):
-                    logits = wrapped["discriminator"](torch.cat([images, recon]))
-                real, fake = logits.chunk(2)
-                loss = hinge_loss(real, fake)
-                (loss / len(batch)).backward()
-            add_mean(terms, dict(disc=loss), len(batch))
+                disc = discriminator_loss(wrapped["discriminator"], images, recon, job)
+                loss = disc / passes
+                loss.backward()
+            add_mean(terms, {"disc": disc}, passes)
 
-    terms["norm"] = optimizer_step(model, [parts["optimizer"], parts.get("muon")], step, args)
+    # Only now the gradients are those of the whole batch, so that they can be clipped.
+    optimizers = [parts["optimizer"], parts.get("muon")]
+    terms["norm"] = optimizer_step(model, optimizers, step, args)
     if discriminator:
-        optimizer_step(discriminator, [parts["discriminator_optimizer"]], step, args)
+        optimizers = [parts["discriminator_optimizer"]]
+        optimizer_step(discriminator, optimizers, step, args)
 
     # Codes that no image of the whole batch chose may be dead, so every process must see them all.
     if not args.finetune_decoder:
         rows = slice(batch[0][0].start, batch[-1][0].stop)
-        vectors = gather(torch.cat(vectors), rows, args.batch_size)             # (B, N, d)
-        codes = gather(torch.cat(codes), rows, args.batch_size)                 # (B, N)
+        vectors = torch.cat(vectors)                                            # (share, N, d)
+        vectors = gather(vectors, rows, args.batch_size)                        # (B, N, d)
+        codes = torch.cat(codes)
+        codes = gather(codes, rows, args.batch_size)                            # (B, N)
         model.quantizer.update(vectors.flatten(0, 1), codes.flatten())
     update_ema(parts["ema"], model, args.ema, step)
     return terms
@@ -184,12 +185,14 @@ def tokenizer_losses(model, images, levels, edges, perceptual, discriminator, ar
     Returns {term: loss}, full-level reconstructions (b, 3, S, S), and for the codebook's update
     the encoder outputs (b, N, d) and codes (b, N). perceptual, discriminator: None = no such term.
     """
+    losses = {}
     with autocast(job):
-        recon, vq_loss, z, codes = model(images, levels)
-        targets = sub_images(images, levels, edges)
+        recon, vq_loss, z, codes = model(images, levels)                        # (b, G, 3, S, S)
+        targets = sub_images(images, levels, edges)                             # (b, G, 3, S, S)
+        full = recon[:, 0]
 
         # Each level against its own sub-image: this is what orders the tokens.
-        losses = dict(rec=nested_loss(recon, targets))
+        losses["rec"] = nested_loss(recon, targets)
         loss = losses["rec"]
         if perceptual:
             losses["perceptual"] = nested_loss(recon, targets, perceptual)
@@ -199,46 +202,56 @@ def tokenizer_losses(model, images, levels, edges, perceptual, discriminator, ar
 
         # Only full reconstructions can look real; a blurred level could not.
         if discriminator:
-            losses["gan"] = -discriminator(recon[:, 0]).mean()
+            logits = discriminator(full)
+            losses["gan"] = -logits.mean()
             loss = loss + args.gan * losses["gan"]
-    return dict(loss=loss, **losses), recon[:, 0].detach(), z.detach(), codes
+    losses = {"loss": loss, **losses}
+    return losses, full.detach(), z.detach(), codes
 
 
-# -------------------------------------------------------------------------------------------------
-# the run
+# ---- the run ------------------------------------------------------------------------------------
 
 def main(args):
     job = start_job(args)
     path = args.out / "tokenizer.pt"
     start_folder(path, args)
 
-    # The model, and all else whose state belongs into the checkpoint.
-    source = load_tokenizer(args.finetune_decoder) if args.finetune_decoder else None
-    config = source.config if source else config_from_flags(TokenizerConfig, args)
-    train, val = open_data(args, config.image_size, job)
-    parts = build_tokenizer_parts(config, source, args, job)
-    start = restore(path, "tokenizer", parts, args) if args.resume else 0
-    wrapped = {name: wrap_model(parts[name], args, job)
-               for name in ("model", "discriminator") if name in parts}
+    # The models and optimizers: all whose state belongs into the checkpoint.
+    parts = build_tokenizer_parts(args, job)
+    start = 0
+    if args.resume:
+        start = restore(path, "tokenizer", parts, args)
+    wrapped = {}
+    for name in ("model", "discriminator"):
+        if name in parts:
+            wrapped[name] = wrap_model(parts[name], args, job)
 
+    # The images, and the network that compares them beside the squared error.
+    image_size = parts["model"].config.image_size
+    train, val = open_data(args, image_size, job)
+    data = train.fingerprint()
+    batches = image_batches(train, args, job, start)
     perceptual = None
     if args.perceptual and args.perceptual_start < args.steps:
-        perceptual = load_perceptual(train, val, config.image_size, args, job)
-    batches = image_batches(train, args, job, start)
+        perceptual = load_perceptual(train, val, image_size, args, job)
+
     log = Log(args.out / "log-tokenizer.jsonl", parts["model"], args, job)
-    interrupt = Interrupt(job)
+    caught = catch_signals(job)
     stamp = file_stamp(path)
-    data = train.fingerprint()
+    save_every = args.save_every or args.eval_every
 
     for step in range(start, args.steps):
         # The batch was made while the step before it ran.
         batch = next(batches)
-        log.add(training_step(step, batch, parts, wrapped, perceptual, args, job))
+        terms = training_step(step, batch, parts, wrapped, perceptual, args, job)
+        log.add(terms)
 
+        # What is due after this step? The last one, and the one at Ctrl-C, are always saved.
         done = step + 1
-        leaves = done == args.steps or interrupt.asked
-        saves = leaves or done % (args.save_every or args.eval_every) == 0
+        leaves = done == args.steps or bool(caught)
+        saves = leaves or done % save_every == 0
         evaluates = done == args.steps or done % args.eval_every == 0
+
         # A loss that is not finite ends the run here, before it can be saved.
         if saves or evaluates or done % args.log_every == 0:
             log.report(done)
@@ -246,22 +259,26 @@ def main(args):
         if saves:
             stamp = save_run(path, "tokenizer", parts, done, stamp, args, job, data=data)
         if evaluates and job.rank == 0:
-            log.write(step=done, **evaluate_tokenizer(parts["ema"], val, args, job))
+            record = evaluate_tokenizer(parts["ema"], val, args, job)
+            log.write(step=done, **record)
             log.reset()
         if leaves:
             break
-    interrupt.report(path, done)
+
+    if caught:
+        raise UserError(f"{caught[0]} after step {done}: saved {path}, --resume goes on")
     print(f"saved {path}, {args.out / 'recon.png'}")
 
 
-def build_tokenizer_parts(config, source, args, job):
-    """{name: model or optimizer} of the run. source: a tokenizer to finetune, or None."""
+def build_tokenizer_parts(args, job):
+    """{name: model or optimizer} of the run."""
     torch.manual_seed(random_streams("tokenizer weights", args.seed, 0).item())
-    model = SpectralTokenizer(config).to(job.device)
-    if source:
-        model.load_state_dict(source.state_dict())
+    if args.finetune_decoder:
+        model = load_tokenizer(args.finetune_decoder, job.device).train()
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name.split(".")[0] in model.decoder_parts)
+    else:
+        model = SpectralTokenizer(config_from_flags(TokenizerConfig, args)).to(job.device)
     parts = dict(model=model, ema=copy.deepcopy(model).eval(), **make_optimizers(model, args, job))
 
     if args.gan:
@@ -279,25 +296,23 @@ def evaluate_tokenizer(model, data, args, job):
     """PSNR of each level, to its sub-image and to the image, and the use of the codebook."""
     config = model.config
     levels = [config.num_tokens] if config.flat else spread_levels(config.num_tokens)
-    scores = {level: [] for level in levels}
-    codes = []
+    scores, codes = [], []
     for chosen in pick_images(len(data), args.eval_images).split(64):
         images = to_float(data.batch(chosen)[0].to(job.device))
         with autocast(job):
             codes.append(model.encode(images))
-            outputs = {level: model.decode(codes[-1], level) for level in levels}
-        for level, output in outputs.items():
-            # Against the sub-image, then against the image. An exact copy counts as 100 dB.
-            truths = low_pass(images, model.edges[level - 1]), images
-            score = [psnr(to_uint8(output), to_uint8(truth)) for truth in truths]
-            scores[level].append(torch.stack(score).clamp(max=100))
+            outputs = [to_uint8(model.decode(codes[-1], level)) for level in levels]
+        truths = [to_uint8(low_pass(images, model.edges[level - 1])) for level in levels]
+        # An exact copy counts as 100 dB.
+        score = [torch.stack([psnr(output, truth), psnr(output, to_uint8(images))])
+                 for output, truth in zip(outputs, truths)]
+        scores.append(torch.stack(score).clamp(max=100))                        # (G, 2, b)
     draw_levels(args.out / "recon.png", model, data, levels, job)
 
-    means = {level: torch.cat(score, 1).mean(1).tolist() for level, score in scores.items()}
+    means = dict(zip(levels, torch.cat(scores, 2).mean(2).tolist()))
     codes = torch.cat(codes)
     used, perplexity, by_position = codebook_use(codes, config.codebook_size)
     rank = effective_rank(model.quantizer.vectors(codes.unique()))
-
     print("  tokens  window  PSNR to sub-image  to image")
     for level, (to_sub_image, to_image) in means.items():
         print(f"  {level:6d}  {model.edges[level - 1]:6d}  {to_sub_image:14.2f} dB  "
@@ -306,28 +321,22 @@ def evaluate_tokenizer(model, data, args, job):
           f"of {config.code_dim}; perplexity by position: " +
           " ".join(f"{p:.0f}" for p in by_position), flush=True)
     return dict(psnr_sub_image={level: mean[0] for level, mean in means.items()},
-                psnr_image={level: mean[1] for level, mean in means.items()},
-                used=used, perplexity=perplexity, perplexity_by_position=by_position,
-                effective_rank=rank)
+                psnr_image={level: mean[1] for level, mean in means.items()}, used=used,
+                perplexity=perplexity, perplexity_by_position=by_position, effective_rank=rank)
 
 
-# -------------------------------------------------------------------------------------------------
-# flags and folder of a run, shared with train_gpt.py
+# ---- flags and folder of a run, shared with train_gpt.py ----------------------------------------
 
 def training_parser(doc, argv):
     """(parser with the flags of both training scripts, the preset that --preset or --data names).
-
-    The preset decides the defaults of the other flags, so these two are read first.
-    """
+    The preset decides the defaults of the other flags, so these two are read first."""
     base = base_parser()
     add = base.add_argument_group("run").add_argument
-    add("--preset", choices=PRESETS,
-        help="sizes and schedule; by --data where none is given (CIFAR and folders: cifar)")
-    add("--micro-batch", type=int, help="images per forward pass: fewer need less memory; a GPU's "
-        "whole share of the batch where none is given")
+    add("--preset", choices=PRESETS, help="sizes and schedule (by --data; folders: cifar)")
+    add("--micro-batch", type=int, help="images per forward pass: fewer need less memory (a GPU's "
+        "share of the batch)")
     add("--log-every", type=int, default=20, help="steps between log lines")
-    add("--save-every", type=int, help="steps between checkpoints; --eval-every where none is "
-        "given")
+    add("--save-every", type=int, help="steps between checkpoints (--eval-every)")
     add("--resume", action="store_true",
         help="go on from the checkpoint in --out, with its flags where none are given")
     add("--overwrite", action="store_true", help="replace the checkpoint in --out")
@@ -355,11 +364,6 @@ def parse_training_flags(parser, argv, kind):
     return args
 
 
-def plain(args):
-    """The flags as a dict of plain types."""
-    return {name: str(v) if isinstance(v, Path) else v for name, v in vars(args).items()}
-
-
 def start_folder(path, args):
     """Make the run's folder. A checkpoint is never replaced unasked."""
     if path.exists() and not (args.resume or args.overwrite):
@@ -368,13 +372,11 @@ def start_folder(path, args):
     path.parent.mkdir(parents=True, exist_ok=True)
 
 
-# -------------------------------------------------------------------------------------------------
-# batches
+# ---- batches ------------------------------------------------------------------------------------
 
 def image_batches(data, args, job, start):
     """The batch of each step from `start` on: this process's micro-batches, each (rows of the
     whole batch, uint8 images (b, 3, S, S)).
-
     Images are mirrored at random, and image files are cropped at random. A batch depends on seed
     and step alone, whatever the number of processes: a resumed run goes on with the very next one.
     """
@@ -449,16 +451,13 @@ def gradient_sync(model, last, job):
     return nullcontext() if last or job.ranks == 1 else model.no_sync()
 
 
-# -------------------------------------------------------------------------------------------------
-# optimizers and averaged weights
+# ---- optimizers and averaged weights ------------------------------------------------------------
 
 def make_optimizers(model, args, job):
     """{name: optimizer}: each trained parameter of the model belongs to exactly one.
-
     muon trains the matrices of the blocks, but not those of AdaLN, which start at zero. optimizer,
     an AdamW, trains all else. Only the matrices of Linear layers decay: no biases, norms,
-    embeddings, codebook.
-    """
+    embeddings, codebook."""
     linear = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)}
     hidden = {}                          # by shape, because Muon treats equal shapes together
     decayed = []
@@ -486,12 +485,10 @@ def make_optimizers(model, args, job):
 class Muon(torch.optim.Optimizer):
     """Momentum whose every step is made orthogonal (Jordan 2024): a matrix moves equally far in
     all directions, also in those in which its gradient is small.
-
     The matrices of a group have one shape. Their entries move by 0.2 lr on average (root mean
     square), about as far as AdamW's, so both take the same lr (Liu and others, arXiv 2502.16982).
     torch.optim.Muon does the same, but always in bfloat16. A CPU without bfloat16 instructions
-    needs seconds per step for that.
-    """
+    needs seconds per step for that."""
 
     def __init__(self, params, lr, weight_decay=0.0, momentum=0.95, dtype=torch.float32):
         super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
@@ -517,10 +514,8 @@ class Muon(torch.optim.Optimizer):
 
 def orthogonalize(x):
     """Matrices U S V' (n, rows, columns) -> about U V': singular values between 0.7 and 1.2.
-
     Each pass of Newton and Schulz's iteration applies an odd polynomial to the singular values,
-    which lifts the small ones. Its coefficients are Jordan's: steep at 0, not exact at 1.
-    """
+    which lifts the small ones. Its coefficients are Jordan's: steep at 0, not exact at 1."""
     if x.shape[1] > x.shape[2]:
         return orthogonalize(x.mT).mT
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)      # no singular value above 1
@@ -561,8 +556,7 @@ def update_ema(ema, model, decay, step):
         averaged.lerp_(current, 1 - decay)
 
 
-# -------------------------------------------------------------------------------------------------
-# checkpoint and log
+# ---- checkpoint and log -------------------------------------------------------------------------
 
 def file_stamp(path):
     """What changes when another program writes a file; None without one."""
@@ -571,27 +565,30 @@ def file_stamp(path):
 
 def save_run(path, kind, parts, step, stamp, args, job, **carried):
     """Write the run's checkpoint, unless another run has written it since `stamp` was taken.
-
-    Returns the new stamp. carried: what else to save.
-    """
+    Returns the new stamp. carried: what else to save."""
     if job.rank:
         return None
     if path.exists() and file_stamp(path) != stamp:
         raise UserError(f"another run has written {path} since this one started: nothing is "
                         f"saved; take another --out")
     states = {name: part.state_dict() for name, part in parts.items()}
-    save_checkpoint(path, kind, config=asdict(parts["model"].config), args=plain(args), step=step,
+    flags = vars(args) | dict(out=str(args.out))                 # plain types alone
+    save_checkpoint(path, kind, config=asdict(parts["model"].config), args=flags, step=step,
                     **states, **carried)
     return file_stamp(path)
 
 
-def restore(path, kind, parts, args):
-    """Load a run's checkpoint into its parts {name: model or optimizer}; returns its step."""
+def restore(path, kind, parts, args, **same):
+    """Load a run's checkpoint into its parts {name: model or optimizer}; returns its step.
+    same: what else in the checkpoint must not differ."""
     saved = read_checkpoint(path, kind)
     config = parts["model"].config
-    if type(config)(**saved["config"]) != config:
-        raise UserError(f"{path} is of a model {saved['config']}, this run's is {asdict(config)}: "
-                        f"resume with the same sizes, or take another --out")
+    same["config"] = asdict(config)
+    saved["config"] = asdict(type(config)(**saved["config"]))    # with newer fields
+    for name, value in same.items():
+        if saved.get(name) != value:
+            raise UserError(f"{path} has {name} {saved.get(name)}, this run {value}: take another "
+                            f"--out, or --overwrite instead of --resume")
     if saved["step"] >= args.steps:
         raise UserError(f"{path} has done {saved['step']} steps, --steps is {args.steps}: ask for "
                         f"more to go on")
@@ -608,27 +605,21 @@ def restore(path, kind, parts, args):
     return saved["step"]
 
 
-class Interrupt:
-    """Ctrl-C, a kill and a closed terminal ask a lone process to finish its step, save and leave.
+def catch_signals(job):
+    """A list that gets the name of a signal: Ctrl-C, a kill, a closed terminal. One process alone
+    then finishes its step, saves and leaves. Several would have to agree on the step: they end."""
+    caught = []
 
-    Under torchrun they end the run at once: all processes would have to agree on the last step.
-    """
-    asked = None
-
-    def __init__(self, job):
-        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-            number = getattr(signal, name, None)                 # Windows has no SIGHUP
-            # nohup ignores SIGHUP on purpose.
-            if number and job.ranks == 1 and signal.getsignal(number) != signal.SIG_IGN:
-                signal.signal(number, self.ask)
-
-    def ask(self, number, frame):
-        self.asked = signal.Signals(number).name
+    def catch(number, frame):
+        caught.append(signal.Signals(number).name)
         signal.signal(number, signal.SIG_DFL)                    # a second one ends it at once
 
-    def report(self, path, done):
-        if self.asked:
-            raise UserError(f"{self.asked} after step {done}: saved {path}, --resume goes on")
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)                     # Windows has no SIGHUP
+        # nohup ignores SIGHUP on purpose.
+        if number and job.ranks == 1 and signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, catch)
+    return caught
 
 
 class Log:
@@ -640,10 +631,9 @@ class Log:
         path = os.devnull if job.rank else path
         self.file = open(path, "a" if args.resume else "w", buffering=1)
         parameters = sum(p.numel() for p in model.parameters())
-        self.write(command=" ".join(sys.argv), flags=plain(args), model=asdict(model.config),
-                   parameters=parameters, device=job.device, dtype=str(job.dtype),
-                   torch=torch.__version__)
-        print(" ".join(f"{name}={value}" for name, value in plain(args).items()))
+        self.write(command=" ".join(sys.argv), flags=vars(args) | dict(out=str(args.out)),
+                   device=job.device, dtype=str(job.dtype), torch=torch.__version__)
+        print(" ".join(f"{name}={value}" for name, value in vars(args).items()))
         print(f"{parameters / 1e6:.2f} M parameters")
         self.reset()
 
@@ -683,15 +673,12 @@ class Log:
         self.reset()
 
 
-# -------------------------------------------------------------------------------------------------
-# adversarial loss
+# ---- adversarial loss ---------------------------------------------------------------------------
 
 class Discriminator(nn.Module):
     """PatchGAN (Isola et al. 2017): images in [-1, 1] (B, 3, H, W) -> logits (B, 1, H/8, W/8).
-
     A logit judges a patch: above 0 it takes it for real. GroupNorm instead of BatchNorm, so that
-    the logits of an image do not depend on its batch.
-    """
+    the logits of an image do not depend on its batch."""
 
     def __init__(self, width=64):
         super().__init__()
@@ -707,6 +694,13 @@ class Discriminator(nn.Module):
 
     def forward(self, x):
         return self.layers(x.contiguous(memory_format=torch.channels_last)).float()
+
+
+def discriminator_loss(discriminator, images, recon, job):
+    """Hinge loss of images and their reconstructions (b, 3, S, S)."""
+    with autocast(job):
+        logits = discriminator(torch.cat([images, recon]))
+    return hinge_loss(*logits.chunk(2))
 
 
 def hinge_loss(real, fake):
