@@ -125,12 +125,11 @@ def distance_name(args):
 
 
 def compare_sets(samples, reference, args, job):
-    """{metric: value} of samples against a reference, computed by the first rank; {} elsewhere."""
+    """{metric: value} of samples against a reference, in the first process; {} elsewhere."""
     if job.rank:
         return {}
-    fewest = min(samples.count or 2048, reference.count or 2048)
-    if fewest < 2048:
-        print(f"warning: the Frechet distance of {fewest} images is biased: use at least 2,048")
+    if min(samples.count or 2048, reference.count or 2048) < 2048:
+        print("warning: the Frechet distance of fewer than 2,048 images is biased")
     result = {distance_name(args): frechet_distance(*samples.moments, *reference.moments)}
     if samples.spatial is not None and reference.spatial is not None:
         result["sFID"] = frechet_distance(*samples.spatial, *reference.spatial)
@@ -262,7 +261,6 @@ def run_truncation(args, job):
     samples = measure_generation(gpt, tokenizer, network, train, levels, args, job)
     for row, sample in zip(rows, samples):
         row |= {f"g{name}": value for name, value in sample.items()}
-
     if job.rank == 0:
         draw_levels(args.out / "levels.png", tokenizer, val, levels, job)
         name = distance_name(args)
@@ -287,10 +285,10 @@ def draw_levels(path, tokenizer, val, levels, job):
     low = power.quantile(0.05)
     shades = (60 + 195 * (power - low) / (power.max() - low)).clamp(60, 255)
     shades = torch.where(in_window(len(power), windows, job.device), shades, 0)
-    shades = shades[:, None].expand(-1, 3, -1, -1).to(torch.uint8)      # (G, 3, S, S)
+    shades = shades[:, None].expand(-1, pixels.shape[1], -1, -1)        # (G, 3, S, S)
 
     first = images[:1].expand(len(levels), -1, -1, -1)
-    rows = [shades, to_uint8(low_pass(first, windows))]
+    rows = [shades.to(torch.uint8), to_uint8(low_pass(first, windows))]
     for code in tokenizer.encode(images).split(1):
         rows.append(to_uint8(tokenizer.decode(code.expand(len(levels), -1), level)))
 
@@ -438,22 +436,22 @@ def inception_score(logits, splits=1):
 
 def precision_recall(real, fake, k=3):
     """Improved precision and recall (Kynkaanniemi et al. 2019); features real (n, d), fake (m, d).
+
     A point's ball reaches to its k-th nearest neighbour in its own set. Precision is the share of
     fake points in any real ball, recall the share of real points in any fake ball.
     NOTE float32; ADM's float16 distances raise both by about 0.002."""
+    def share_in_balls(points, centres):
+        radii = []
+        for part in centres.split(512):             # blocks of rows bound the memory
+            nearest = torch.cdist(part, centres).topk(k + 1, largest=False).values
+            radii.append(nearest[:, k])             # the first neighbour is the centre itself
+        radii = torch.cat(radii)
+        inside = [(torch.cdist(part, centres) <= radii).any(1) for part in points.split(512)]
+        return torch.cat(inside).double().mean().item()
+
     real = torch.as_tensor(real, dtype=torch.float32)
     fake = torch.as_tensor(fake, dtype=torch.float32)
-    return share_in_balls(fake, real, k), share_in_balls(real, fake, k)
-
-
-def share_in_balls(points, centres, k):
-    radii = []
-    for part in centres.split(512):                 # blocks of rows bound the memory
-        nearest = torch.cdist(part, centres).topk(k + 1, largest=False).values
-        radii.append(nearest[:, k])                 # the first neighbour is the centre itself
-    radii = torch.cat(radii)
-    inside = [(torch.cdist(part, centres) <= radii).any(1) for part in points.split(512)]
-    return torch.cat(inside).double().mean().item()
+    return share_in_balls(fake, real), share_in_balls(real, fake)
 
 
 def psnr(a, b):
@@ -466,12 +464,16 @@ def ssim(a, b):
     """Structural similarity (Wang et al. 2004) of uint8 images (B, 3, H, W) -> (B,) float64.
     Gaussian window of 11 px, sigma 1.5, valid region, mean over the channels. It is measured on
     0 .. 255, never on [-1, 1]: SSIM changes when both images are shifted."""
-    rows = gaussian_windows(a.shape[-2], a.device)
-    columns = gaussian_windows(a.shape[-1], a.device)
+    def windows(n):                                 # row i averages the pixels i .. i + 10
+        offset = torch.arange(-5, 6, dtype=torch.float64, device=a.device)
+        window = torch.exp(-offset ** 2 / (2 * 1.5 ** 2))
+        window = window / window.sum()
+        return torch.stack([F.pad(window, (i, n - 11 - i)) for i in range(n - 10)])
 
     def blur(x):
         return rows @ x @ columns.T
 
+    rows, columns = windows(a.shape[-2]), windows(a.shape[-1])
     a, b = a.double(), b.double()
     mean_a, mean_b = blur(a), blur(b)
     var_a = blur(a * a) - mean_a ** 2
@@ -481,14 +483,6 @@ def ssim(a, b):
     similarity = (2 * mean_a * mean_b + c1) * (2 * cov + c2)
     similarity = similarity / ((mean_a ** 2 + mean_b ** 2 + c1) * (var_a + var_b + c2))
     return similarity.mean((1, 2, 3))
-
-
-def gaussian_windows(n, device):
-    """(n - 10, n) float64: row i averages the pixels i .. i + 10 with Gaussian weights."""
-    offset = torch.arange(-5, 6, dtype=torch.float64, device=device)
-    window = torch.exp(-offset ** 2 / (2 * 1.5 ** 2))
-    window = window / window.sum()
-    return torch.stack([F.pad(window, (i, n - 11 - i)) for i in range(n - 10)])
 
 
 def band_energy(images):
@@ -520,7 +514,6 @@ class Moments:
     """Mean and unbiased covariance of rows (n, d), streamed: sums of f and of f f^T in float64."""
 
     def __init__(self):
-        # The first rows make of them a count, (d,) and (d, d).
         self.count = self.sum = self.outer = torch.zeros((), dtype=torch.float64)
 
     def add(self, rows):
@@ -587,8 +580,8 @@ def measure_path(path, network, args, job):
     if images is not None:
         chosen = pick_images(len(images), args.num)
         features = measure_images(images, chosen, network, args, job)
+    # Files come sorted, often by class. A score of consecutive parts needs them shuffled.
     if not arrays:
-        # Files come sorted, often by class. A score of consecutive parts needs them shuffled.
         features.logits = features.logits[permutation(len(chosen), "order of scores", 0, 0)]
     # ADM's statistics are of the whole training set, its images are 10,000 of it.
     if "mu" in arrays:
@@ -763,10 +756,9 @@ class Shapes:
         return torch.from_numpy(np.rint(image * 255).clip(0, 255).astype(np.uint8)), labels
 
     def texture(self, x, y, u):
-        """Shade of the fill: plain, stripes, checks or dots of a fixed period."""
-        period = 0.3                                             # 4.8 px at 32 px
-        across = np.sin(x * (2 * np.pi / period))
-        down = np.sin(y * (2 * np.pi / period))
+        """Shade of the fill: plain, stripes, checks or dots of period 0.3 (4.8 px at 32 px)."""
+        across = np.sin(x * (2 * np.pi / 0.3))
+        down = np.sin(y * (2 * np.pi / 0.3))
         kind = np.floor(4 * u[12])
         pattern = np.select([kind == 1, kind == 2, kind == 3],
                             [down, 1.6 * across * down, across + down - 0.5])
@@ -792,8 +784,7 @@ CIFAR = {
 def open_cifar(name, data_dir, image_size):
     """(train, val) of CIFAR-10 or CIFAR-100; val is the official test set."""
     if image_size != 32:
-        raise UserError(f"{name} images are 32 px, --image-size is {image_size}: give "
-                        f"--image-size 32")
+        raise UserError(f"{name} images are 32 px, --image-size is {image_size}: make it 32")
     about = CIFAR[name]
     root = data_dir / about["folder"]
     if not root.is_dir():
@@ -851,7 +842,7 @@ def download(url, folder, sha256=None, name=None):
 # ---- folders of images --------------------------------------------------------------------------
 # train/ and val/ inside, or one folder per class, or images alone (one class)
 
-EXTENSIONS = {".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+EXTENSIONS = ".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"
 HELD_OUT = "val", "valid", "validation", "test"  # names of a held-out folder, the best first
 KAGGLE = "Data/CLS-LOC", "ILSVRC/Data/CLS-LOC"   # where Kaggle's ImageNet has train and val
 
@@ -871,7 +862,6 @@ def open_folder(root, image_size, workers):
         val = list_classes(root / held_out[0], root.name)
     else:
         train, val = hold_out(root, train)
-
     if list(val) == [root.name] and len(train) > 1:              # Kaggle's val has no folders
         solution = read_table(root, "LOC_val_solution.csv", ",")
         files = val[root.name]
@@ -912,8 +902,7 @@ def images_below(folder):
         files += [os.path.join(where, name) for name in visible(names)
                   if os.path.splitext(name)[1].lower() in EXTENSIONS]
     if not files:
-        raise UserError(f"{folder} has 0 images ({' '.join(sorted(EXTENSIONS))}): add some or "
-                        f"remove it")
+        raise UserError(f"{folder} has 0 images ({' '.join(EXTENSIONS)}): add some or remove it")
     return sorted(files)
 
 
@@ -1006,8 +995,7 @@ def load_perceptual(train, val, image_size, args, job):
     """The perceptual distance between two batches of images, as --perceptual-net says, or None."""
     net = args.perceptual_net
     if net == "classifier" and len(train.class_names) == 1:
-        print("a classifier learns nothing from one class, so there is no perceptual loss; "
-              "--perceptual-net vgg would be one")
+        print("a classifier learns nothing from one class: no perceptual loss")
         return None
 
     def load():
@@ -1021,18 +1009,15 @@ def load_perceptual(train, val, image_size, args, job):
 def feature_distance(taps_a, taps_b, weights):
     """LPIPS of two lists of features (B, C, H, W): the sum of the mean squared differences of unit
     features, weighted per channel -> (B,)."""
+    def unit(x):
+        x = x.float()
+        # The 1e-20 keeps the gradient of the root finite where all channels are 0.
+        return x / ((x.square().sum(1, keepdim=True) + 1e-20).sqrt() + 1e-10)
+
     total = 0
     for a, b, weight in zip(taps_a, taps_b, weights):
-        difference = (unit_features(a) - unit_features(b)).square() * weight
-        total = total + difference.sum(1).mean((1, 2))
+        total = total + ((unit(a) - unit(b)).square() * weight).sum(1).mean((1, 2))
     return total
-
-
-def unit_features(x):
-    """Features (B, C, H, W), divided by their length over the channels."""
-    x = x.float()
-    # The 1e-20 keeps the gradient of the root finite where all channels are 0.
-    return x / ((x.square().sum(1, keepdim=True) + 1e-20).sqrt() + 1e-10)
 
 
 class LPIPS(nn.Module):
@@ -1136,8 +1121,7 @@ def load_classifier(path, kind, data, image_size, job):
     saved = read_checkpoint(path, "classifier")
     for name, value in about.items():
         if saved[name] != value:
-            raise UserError(f"{path} is of {name} {saved[name]}, this run needs {value}: delete "
-                            f"it, or name another file")
+            raise UserError(f"{path} is of {name} {saved[name]}, not {value}: name another file")
     model = Classifier(len(saved["classes"]), saved["widths"])
     model.load_state_dict(saved["model"])
     print(f"{path}: test accuracy {saved['accuracy']:.1%}")
@@ -1160,7 +1144,6 @@ def train_classifier(train, val, widths, seed, device, steps=3000, batch_size=12
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
-
     model.eval()
     hits = []
     for chosen in torch.arange(min(len(val), 10_000)).split(500):
@@ -1201,8 +1184,8 @@ def load_inception(path=None, device="cpu"):
 
 
 class InceptionV3(nn.Module):
-    """uint8 images (B, 3, H, W) -> pool3 (B, 2048), spatial (B, 2023), logits (B, 1008).
-    pool3 is for FID, precision and recall, spatial for sFID, the logits (without bias) for IS."""
+    """uint8 images (B, 3, H, W) -> pool3 (B, 2048) for FID, precision and recall; spatial
+    (B, 2023) for sFID; logits (B, 1008), without bias, for IS."""
 
     def __init__(self):
         super().__init__()
@@ -1251,18 +1234,16 @@ def tf1_resize(images, size):
     """TensorFlow 1's bilinear resize: (B, 3, H, W) -> float32 (B, 3, size, size), same range.
     Output pixel i reads at i H / size: no half-pixel centres, no antialiasing. Another resize
     moves FID by up to 2."""
+    def interpolation(n):                           # (size, n), two weights per row
+        position = torch.arange(size) * torch.tensor(n / size)          # float32, as TF's
+        low = position.floor().long()
+        share = (position - low)[:, None]
+        eye = torch.eye(n)
+        matrix = (1 - share) * eye[low] + share * eye[(low + 1).clamp(max=n - 1)]
+        return matrix.to(images.device)
+
     H, W = images.shape[-2:]
-    rows = resize_matrix(H, size, images.device)
-    return rows @ images.float() @ resize_matrix(W, size, images.device).T
-
-
-def resize_matrix(n, size, device):
-    """(size, n): row i interpolates between the two pixels around i n / size."""
-    position = torch.arange(size, device=device) * torch.tensor(n / size)   # float32, as TF's
-    low = position.floor().long()
-    share = (position - low)[:, None]
-    eye = torch.eye(n, device=device)
-    return (1 - share) * eye[low] + share * eye[(low + 1).clamp(max=n - 1)]
+    return interpolation(H) @ images.float() @ interpolation(W).T
 
 
 class ConvBN(nn.Module):
@@ -1375,7 +1356,6 @@ def line_chart(title, rows, x_column, columns):
         draw.text((left - 12, y_pixel(value)), f"{value:.3g}", fill="black", anchor="rm")
     for i in range(0, len(rows), math.ceil(len(rows) / 10)):
         draw.text((left + i * step, bottom + 14), str(rows[i][x_column]), "black", anchor="mt")
-
     for number, (column, colour) in enumerate(zip(columns, COLOURS)):
         x, y = left + 240 * (number % 3), 64 + 30 * (number // 3)       # three names a row
         draw.text((x, y), column, fill=colour, anchor="lm")

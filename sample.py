@@ -145,7 +145,7 @@ def sample_images(gpt, tokenizer, labels, levels, args, job, prefix=None):
 def draw_class_samples(path, gpt, tokenizer, class_names, cfg):
     """A grid of eight samples for each of up to ten classes, the same seeds each time."""
     names = [name.split(",")[0] for name in class_names[:10]]
-    labels = torch.arange(len(names), device=gpt.pos.device).repeat_interleave(8)
+    labels = torch.arange(len(names), device=gpt.code_embed.weight.device).repeat_interleave(8)
     seeds = random_streams("samples", 0, torch.arange(len(labels)))
     images = to_uint8(tokenizer.decode(gpt.generate(labels, cfg=cfg, seeds=seeds)))
     save_picture(path, image_grid(images.split(8), names))
@@ -155,8 +155,6 @@ def class_rows(images, classes):
     """Images of labels_in_turn, a row per class."""
     return [images[row::len(classes)] for row in range(min(len(images), len(classes)))]
 
-
-# ---- many images for evaluation -----------------------------------------------------------------
 
 @torch.no_grad()
 def write_npz(gpt, tokenizer, classes, args, job):
@@ -174,7 +172,6 @@ def write_npz(gpt, tokenizer, classes, args, job):
         codes = draw_codes(gpt, labels[chosen], chosen, N, args, job)
         pixels = to_uint8(tokenizer.decode(codes)).permute(0, 2, 3, 1)
         images[chosen.numpy()] = pixels.cpu().numpy()
-    images.flush()
     barrier()
     if job.rank == 0:
         with whole_file(path) as temporary, open(temporary, "wb") as file:

@@ -790,7 +790,6 @@ def attention(q, k, v, mask=None, causal=False):
 
 def random_streams(purpose, seed, index):
     """The random streams of indices (B,) long, or of an int: one 64-bit number each.
-
     Every random number of a run comes from the stream of its purpose, seed and index. So no two
     purposes share numbers, and a resumed run has nothing to restore. A seed may be any integer."""
     name = hashlib.sha256(f"{purpose} {seed}".encode()).digest()
@@ -800,7 +799,6 @@ def random_streams(purpose, seed, index):
 
 def uniforms(streams, n):
     """Random streams (B,) -> (B, n) float64 in [0, 1): row b depends on streams[b] alone.
-
     SplitMix64, a counter-based generator: an image's random numbers do not depend on its batch."""
     counter = torch.arange(1, n + 1, device=streams.device) * (0x9E3779B97F4A7C15 - 2 ** 64)
     bits = mix_bits(mix_bits(streams)[:, None] + counter)
@@ -814,8 +812,6 @@ def mix_bits(z):
         z = (z ^ ((z >> shift) & ((1 << 64 - shift) - 1))) * (factor - 2 ** 64)
     return z ^ ((z >> 31) & ((1 << 33) - 1))
 
-
-# ---- processes and devices ----------------------------------------------------------------------
 
 @dataclass
 class Job:
@@ -885,8 +881,6 @@ def first_rank_first(load, job):
         barrier()
     return result
 
-
-# ---- flags, and how a script starts and ends ----------------------------------------------------
 
 BUILT_IN = ("shapes", "cifar10", "cifar100", "imagenet")
 

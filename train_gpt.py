@@ -32,12 +32,11 @@ from train_tokenizer import (Log, TrainingSettings, add_mean, ahead, catch_signa
 
 # ---- settings -----------------------------------------------------------------------------------
 
-# The crops of any_crop: (short side relative to the image side, place down, place to the right).
-FIVE_CROPS = [(1.1, 0.5, 0.5), (1.1, 0, 0), (1.1, 0, 1), (1.1, 1, 0), (1.1, 1, 1)]
-VIEWS = {                      # of each training image: crops, also mirrored?
+# Of each training image: crops (scale, y, x of any_crop; None: the middle), also mirrored?
+VIEWS = {
     "centre": ([None], False),
     "flip": ([None], True),
-    "ten-crop": (FIVE_CROPS, True),
+    "ten-crop": ([(1.1, 0.5, 0.5), (1.1, 0, 0), (1.1, 0, 1), (1.1, 1, 0), (1.1, 1, 1)], True),
 }
 
 
@@ -269,7 +268,6 @@ def encode_data(split, tokenizer, data, most, views, args, job):
                         codes.append(tokenizer.encode(images.flip(-1)))
             file["codes"][rows.numpy()] = torch.stack(codes, 1).cpu().numpy()
             file["label"][rows.numpy()] = labels.numpy()
-        file.flush()
         del file                                 # Windows renames no file that is in use
         barrier()
         if job.rank == 0:

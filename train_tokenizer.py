@@ -221,10 +221,8 @@ def main(args):
     start = 0
     if args.resume:
         start = restore(path, "tokenizer", parts, args)
-    wrapped = {}
-    for name in ("model", "discriminator"):
-        if name in parts:
-            wrapped[name] = wrap_model(parts[name], args, job)
+    models = [name for name in ("model", "discriminator") if name in parts]
+    wrapped = {name: wrap_model(parts[name], args, job) for name in models}
 
     # The images, and the network that compares them beside the squared error.
     image_size = parts["model"].config.image_size
@@ -485,10 +483,10 @@ def make_optimizers(model, args, job):
 class Muon(torch.optim.Optimizer):
     """Momentum whose every step is made orthogonal (Jordan 2024): a matrix moves equally far in
     all directions, also in those in which its gradient is small.
+
     The matrices of a group have one shape. Their entries move by 0.2 lr on average (root mean
     square), about as far as AdamW's, so both take the same lr (Liu and others, arXiv 2502.16982).
-    torch.optim.Muon does the same, but always in bfloat16. A CPU without bfloat16 instructions
-    needs seconds per step for that."""
+    torch.optim.Muon does the same, but always in bfloat16, which some CPUs lack."""
 
     def __init__(self, params, lr, weight_decay=0.0, momentum=0.95, dtype=torch.float32):
         super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
@@ -569,8 +567,7 @@ def save_run(path, kind, parts, step, stamp, args, job, **carried):
     if job.rank:
         return None
     if path.exists() and file_stamp(path) != stamp:
-        raise UserError(f"another run has written {path} since this one started: nothing is "
-                        f"saved; take another --out")
+        raise UserError(f"another run has written {path}: nothing is saved; take another --out")
     states = {name: part.state_dict() for name, part in parts.items()}
     flags = vars(args) | dict(out=str(args.out))                 # plain types alone
     save_checkpoint(path, kind, config=asdict(parts["model"].config), args=flags, step=step,
@@ -590,8 +587,7 @@ def restore(path, kind, parts, args, **same):
             raise UserError(f"{path} has {name} {saved.get(name)}, this run {value}: take another "
                             f"--out, or --overwrite instead of --resume")
     if saved["step"] >= args.steps:
-        raise UserError(f"{path} has done {saved['step']} steps, --steps is {args.steps}: ask for "
-                        f"more to go on")
+        raise UserError(f"{path} has done {saved['step']} of {args.steps} steps: raise --steps")
     try:
         for name, part in parts.items():
             if isinstance(part, torch.optim.Optimizer):
