@@ -6,10 +6,9 @@
   python evaluate.py truncation --data cifar10                       # both, at 1, 2, 4 ... tokens
   python evaluate.py probe --data cifar10                            # what earlier tokens predict
 
-The definitions are those of ADM's TensorFlow evaluator, which most published tables use. Each
-command appends its table to out/<data>/evaluations.jsonl, too. With `torchrun --nproc-per-node 8
--- evaluate.py ...` the processes share the images. Below the metrics stands what training also
-uses: the data sets, and the networks that compare images.
+The definitions are those of ADM's TensorFlow evaluator, which most published tables use. Tables
+are also appended to out/<data>/evaluations.jsonl. Under torchrun the processes share the images.
+Below the metrics stands what training uses, too: data sets, and networks that compare images.
 """
 import argparse
 import hashlib
@@ -308,7 +307,7 @@ def draw_levels(path, tokenizer, val, levels, job):
 def run_probe(args, job):
     """How well earlier tokens predict each token. Patches of pixels are there to compare with."""
     gpt, tokenizer, _ = load_models(args, job)
-    N, K = tokenizer.config.num_tokens, tokenizer.config.codebook_size
+    N = tokenizer.config.num_tokens
     train, val = open_data(args, tokenizer.config.image_size, job)
     check_data(args.out / "gpt.pt", "gpt", train, args)
     # Training images fit the linear map, held-out images measure it.
@@ -316,7 +315,7 @@ def run_probe(args, job):
     test = correlate_tokens(tokenizer, val, 10_000, job)
 
     in_order = torch.arange(N)
-    _, _, perplexities = codebook_use(fit["codes"], K)
+    _, _, perplexities = codebook_use(fit["codes"], tokenizer.config.codebook_size)
     columns = {"R2": linear_r2(fit["vectors"], test["vectors"], in_order),
                "R2 reversed": linear_r2(fit["vectors"], test["vectors"], in_order.flip(0)),
                "entropy": [math.log2(perplexity) for perplexity in perplexities],
@@ -373,8 +372,8 @@ def linear_r2(fit, test, order):
     S = S[columns][:, columns]
     T = T[columns][:, columns]
     # The tiny number keeps the matrix invertible where a value never changes.
-    tiny = 1e-6 * S.diagonal().mean() * torch.eye(len(S), dtype=S.dtype)
-    factor = torch.linalg.cholesky(S + tiny)
+    tiny = 1e-6 * S.diagonal().mean() + 1e-30
+    factor = torch.linalg.cholesky(S + tiny * torch.eye(len(S), dtype=S.dtype))
 
     r2 = [0.0]
     for i in range(1, N):
@@ -621,7 +620,7 @@ def check_data(path, kind, train, args):
     learned = saved.get("class_names", train.class_names)
     if learned != train.class_names:
         raise UserError(f"{path} learned the classes {learned[:5]} .., the data set has "
-                        f"{train.class_names[:5]} ..: train it again, with --overwrite")
+                        f"{train.class_names[:5]} ..: train it again")
 
 
 def batch_indices(n, batch_size, step, seed):
@@ -717,8 +716,7 @@ class Shapes:
         axis = (np.arange(self.image_size, dtype=np.float32) + 0.5) * 2 / self.image_size - 1
         X, Y = axis[None, :], axis[:, None]                                 # pixel centres
 
-        # The shape's frame has its own centre and radius, and is turned by up to 9 degrees. A
-        # crescent may also open to the other side.
+        # Each shape has its own centre, radius and turn. A crescent opens to either side.
         crescent = (labels == SHAPES.index("crescent")).numpy()[:, None, None, None]
         angle = (u[0] - 0.5) * np.pi / 10 + np.pi * (crescent & (u[1] < 0.5))
         cos, sin = np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
@@ -834,7 +832,7 @@ def download(url, folder, sha256=None, name=None):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             torch.hub.download_url_to_file(url, str(path), sha256)
-        except OSError as error:
+        except (OSError, RuntimeError) as error:             # RuntimeError: another hash
             raise UserError(f"cannot download {url} ({error}): fetch it, and put it at {path}")
     return path
 
@@ -845,6 +843,7 @@ def download(url, folder, sha256=None, name=None):
 EXTENSIONS = ".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"
 HELD_OUT = "val", "valid", "validation", "test"  # names of a held-out folder, the best first
 KAGGLE = "Data/CLS-LOC", "ILSVRC/Data/CLS-LOC"   # where Kaggle's ImageNet has train and val
+ALONE = "images"                                 # the class of images without class folders
 
 
 def open_folder(root, image_size, workers):
@@ -854,24 +853,24 @@ def open_folder(root, image_size, workers):
     held_out = [name for name in HELD_OUT if name in folders]
     # Beside other folders and without a held-out one, "train" is a class, such as of vehicles.
     if "train" in folders and (held_out or folders == ["train"]):
-        train = list_classes(root / "train", root.name)
+        train = list_classes(root / "train")
     else:
-        train = list_classes(root, root.name)
+        train = list_classes(root)
         held_out = []
     if held_out:
-        val = list_classes(root / held_out[0], root.name)
+        val = list_classes(root / held_out[0])
     else:
         train, val = hold_out(root, train)
-    if list(val) == [root.name] and len(train) > 1:              # Kaggle's val has no folders
+    if list(val) == [ALONE] and len(train) > 1:              # Kaggle's val has no folders
         solution = read_table(root, "LOC_val_solution.csv", ",")
-        files = val[root.name]
+        files = val[ALONE]
         val = {name: [] for name in train}
         for file in files:
             val.setdefault(solution.get(Path(file).stem, "?").split()[0], []).append(file)
     if val.keys() != train.keys():
         odd = sorted(val.keys() ^ train.keys())
-        raise UserError(f"{root}: {len(train)} classes in train and {len(val)} in val, {len(odd)} "
-                        f"of them in one only (first: {odd[0]}): make them the same")
+        raise UserError(f"{root}: {len(train)} classes in train and {len(val)} in val; "
+                        f"{', '.join(odd[:5])} in one of them only: make them the same")
     used = sum(len(files) for files in [*train.values(), *val.values()])
     left_out = sum(len(names) for _, _, names in os.walk(root)) - used
     if left_out > 0:
@@ -887,11 +886,11 @@ def visible(names):
     return [name for name in sorted(names) if not name.startswith((".", "__MACOSX"))]
 
 
-def list_classes(folder, alone):
-    """{class name: files}: sub-folders are classes; images alone are one class, named `alone`."""
+def list_classes(folder):
+    """{class name: files}: sub-folders are classes; images alone are one class."""
     places = {name: folder / name for name in visible(os.listdir(folder))
               if (folder / name).is_dir()}
-    return {name: images_below(place) for name, place in (places or {alone: folder}).items()}
+    return {name: images_below(place) for name, place in (places or {ALONE: folder}).items()}
 
 
 def images_below(folder):
@@ -927,12 +926,12 @@ def hold_out(root, classes):
     for files in classes.values():
         held_out.update([file for file in files if number(file) < 500][:len(files) - 1])
     if not held_out:
-        every = sorted(chain.from_iterable(classes.values()), key=number)
-        if len(every) < 2:
+        spare = [file for files in classes.values() for file in sorted(files, key=number)[1:]]
+        spare = sorted(spare or chain.from_iterable(classes.values()), key=number)
+        if sum(len(files) for files in classes.values()) < 2:
             raise UserError(f"{root} has one image, and one is held out for validation: add more")
-        held_out.update(every[:max(1, len(every) // 20)])
-    print(f"{root} has no folder {' or '.join(HELD_OUT)}: {len(held_out)} images, about 5 %, are "
-          f"held out by a hash of their names")
+        held_out.update(spare[:max(1, len(spare) // 20)])
+    print(f"{root} has no val folder: {len(held_out)} images, about 5 %, are held out")
     return ({name: [f for f in files if f not in held_out] for name, files in classes.items()},
             {name: [f for f in files if f in held_out] for name, files in classes.items()})
 
@@ -1075,14 +1074,14 @@ class Classifier(nn.Module):
     """Small residual network: uint8 (B, 3, S, S) -> features (B, C), None, logits (B, classes).
     Trained on the data set at hand. JUDGE measures, PERCEPTUAL may serve in the perceptual loss.
     They differ in size and seed, because a loss must not be its own judge."""
+    image_size = None                               # of the images that it learned, if known
 
     def __init__(self, num_classes, widths):
-        super().__init__()
-
         def conv(channels_in, channels, stride=1):
             return nn.Sequential(nn.Conv2d(channels_in, channels, 3, stride, 1, bias=False),
                                  nn.BatchNorm2d(channels), nn.ReLU(inplace=True))
 
+        super().__init__()
         self.stem = conv(3, widths[0])
         self.down = nn.ModuleList(conv(a, b, stride=2) for a, b in zip(widths, widths[1:]))
         self.residual = nn.ModuleList(conv(width, width) for width in widths[1:])
@@ -1097,6 +1096,9 @@ class Classifier(nn.Module):
         return features
 
     def forward(self, images):
+        S = self.image_size
+        if S and images.shape[2:] != (S, S):
+            raise UserError(f"images are {images.shape[2:]}, the classifier's {S} px: resize them")
         features = self.taps(to_float(images))[-1].mean((2, 3))
         return features, None, self.head(features)
 
@@ -1123,6 +1125,7 @@ def load_classifier(path, kind, data, image_size, job):
         if saved[name] != value:
             raise UserError(f"{path} is of {name} {saved[name]}, not {value}: name another file")
     model = Classifier(len(saved["classes"]), saved["widths"])
+    model.image_size = saved["image_size"]
     model.load_state_dict(saved["model"])
     print(f"{path}: test accuracy {saved['accuracy']:.1%}")
     model.to(job.device, memory_format=torch.channels_last)

@@ -113,7 +113,7 @@ def upscale(gpt, tokenizer, names, args, job):
     labels = labels_in_turn(num, classes)
     images = sample_images(gpt, tokenizer, labels, levels, args, job, codes[:, :k])
 
-    # One picture per level: the frames of the animation, the last one is the still picture.
+    # One picture per level: the frames of the animation. The last one is the still picture.
     pictures = []
     for g, level in enumerate(levels):
         rows = [torch.cat([image, preview, variations])
@@ -132,7 +132,7 @@ def sample_images(gpt, tokenizer, labels, levels, args, job, prefix=None):
     """Labels (n,), G levels -> uint8 images (n, G, 3, S, S), --batch-size at a time.
     prefix (1, k): codes that all images keep."""
     images = []
-    for chosen in progress("sampling", own_batches(len(labels), args.batch_size, job), job):
+    for chosen in progress("sampling", torch.arange(len(labels)).split(args.batch_size), job):
         kept = None if prefix is None else prefix.expand(len(chosen), -1)
         codes = draw_codes(gpt, labels[chosen], chosen, levels[-1], args, job, kept)
         # Codes are drawn once, and decoded at every level: a preview costs no sampling.
@@ -166,7 +166,6 @@ def write_npz(gpt, tokenizer, classes, args, job):
     num = args.num or 50_000
     S = tokenizer.config.image_size
     labels = balanced_labels(num, classes, args.seed)
-
     images = shared_array(f"{path}.part", np.uint8, (num, S, S, 3), job)
     for chosen in progress("sampling", own_batches(num, args.batch_size, job), job):
         codes = draw_codes(gpt, labels[chosen], chosen, N, args, job)
@@ -182,6 +181,7 @@ def write_npz(gpt, tokenizer, classes, args, job):
 
 def own_batches(count, size, job):
     """The row numbers of each batch of this process: the processes take the batches in turn."""
+    size = max(1, min(size, count // job.ranks))                 # each process gets some
     return torch.arange(count).split(size)[job.rank::job.ranks]
 
 

@@ -695,8 +695,7 @@ def save_checkpoint(path, kind, **content):
 
 
 def read_checkpoint(path, kind, mmap=False):
-    """The dict of a checkpoint, on the CPU. UserError when it is missing, broken or of another
-    kind. mmap: read a tensor only when it is used."""
+    """The dict of a checkpoint, on the CPU. mmap: read a tensor only when it is used."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
         found = checkpoint["kind"], checkpoint["format"]

@@ -4,9 +4,8 @@
   python train_gpt.py --data cifar10 --depth 8 --width 256      # another size
   torchrun --nproc-per-node 8 train_gpt.py --data imagenet --data-dir /path/to/ILSVRC      # d16
 
-It reads out/<data>/tokenizer.pt and writes gpt.pt, samples.png (a row per class) and
-log-gpt.jsonl beside it. The data set is encoded once, by all processes together, into
-codes-train-*.npy and codes-val-*.npy. ImageNet at 64 tokens takes 164 MB per view.
+It reads out/<data>/tokenizer.pt and writes gpt.pt, samples.png and log-gpt.jsonl beside it. The
+data set is encoded once, into codes-*.npy. ImageNet at 64 tokens takes 164 MB per view.
 """
 import copy
 import hashlib
@@ -118,6 +117,7 @@ def main(args):
     job = start_job(args)
     path = args.out / "gpt.pt"
     start_folder(path, args)
+    stamp = file_stamp(path)
 
     # The tokenizer, and the images whose codes the generator learns.
     tokenizer_path = args.out / "tokenizer.pt"
@@ -148,7 +148,6 @@ def main(args):
 
     log = Log(args.out / "log-gpt.jsonl", parts["model"], args, job)
     caught = catch_signals(job)
-    stamp = file_stamp(path)
     save_every = args.save_every or args.eval_every
 
     for step in range(start, args.steps):
@@ -178,7 +177,7 @@ def main(args):
         if leaves:
             break
 
-    if caught:
+    if done < args.steps:
         raise UserError(f"{caught[0]} after step {done}: saved {path}, --resume goes on")
     print(f"saved {path}, {args.out / 'samples.png'}")
 

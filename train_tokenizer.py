@@ -33,8 +33,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from evaluate import (LPIPS, batch_indices, codebook_use, draw_levels, effective_rank,  # noqa
-                      load_perceptual, open_data, pick_images, psnr)
+from evaluate import (LPIPS, batch_indices, check_data, codebook_use, draw_levels,  # noqa: F401
+                      effective_rank, load_perceptual, open_data, pick_images, psnr)
 from sample import spread_levels
 
 # ---- settings: each field is a flag -------------------------------------------------------------
@@ -69,8 +69,7 @@ class TokenizerSettings:
     eval_images: int = setting(512, "held-out images per evaluation")
 
 
-# What each preset changes of the defaults above and in spectralar.py. Those under "gpt" are of
-# train_gpt.py.
+# What each preset changes of the defaults; those under "gpt" are of train_gpt.py.
 PRESETS = {
     # minutes on a laptop CPU; with patches of 8 instead of 4 a step takes about half the time
     "shapes": dict(patch_size=8, gpt=dict(code_images=20_000)),
@@ -81,8 +80,7 @@ PRESETS = {
         perceptual=0.2, perceptual_start=2000, perceptual_net="classifier", eval_every=500,
         gpt=dict(width=256, depth=6, heads=8, steps=2000, warmup=200, ema=0.995, eval_every=500)),
 
-    # the paper's size: ViT-B encoder and decoder, d16 generator (width 64 x depth, heads = depth);
-    # Muon was not tried here
+    # the paper's size: ViT-B encoder and decoder, d16 generator; Muon was not tried here
     "imagenet": dict(
         image_size=256, patch_size=16, num_tokens=64, codebook_size=4096, width=768, depth=12,
         heads=12, steps=1_000_000, batch_size=256, muon=False, lr=1e-4, warmup=10_000, ema=0.999,
@@ -215,6 +213,7 @@ def main(args):
     job = start_job(args)
     path = args.out / "tokenizer.pt"
     start_folder(path, args)
+    stamp = file_stamp(path)
 
     # The models and optimizers: all whose state belongs into the checkpoint.
     parts = build_tokenizer_parts(args, job)
@@ -228,6 +227,8 @@ def main(args):
     image_size = parts["model"].config.image_size
     train, val = open_data(args, image_size, job)
     data = train.fingerprint()
+    if args.resume:
+        check_data(path, "tokenizer", train, args)
     batches = image_batches(train, args, job, start)
     perceptual = None
     if args.perceptual and args.perceptual_start < args.steps:
@@ -235,7 +236,6 @@ def main(args):
 
     log = Log(args.out / "log-tokenizer.jsonl", parts["model"], args, job)
     caught = catch_signals(job)
-    stamp = file_stamp(path)
     save_every = args.save_every or args.eval_every
 
     for step in range(start, args.steps):
@@ -263,7 +263,7 @@ def main(args):
         if leaves:
             break
 
-    if caught:
+    if done < args.steps:
         raise UserError(f"{caught[0]} after step {done}: saved {path}, --resume goes on")
     print(f"saved {path}, {args.out / 'recon.png'}")
 
@@ -434,7 +434,7 @@ def add_mean(terms, losses, passes):
 def wrap_model(model, args, job):
     """The model as a step calls it: compiled if asked, gradients averaged over the processes."""
     if args.compile:
-        # Block by block: they are all the same, so that one is compiled instead of a whole model.
+        # Block by block: all are the same, so that only one is compiled.
         for module in model.modules():
             if isinstance(module, Block):
                 module.compile()
@@ -581,7 +581,7 @@ def restore(path, kind, parts, args, **same):
     saved = read_checkpoint(path, kind)
     config = parts["model"].config
     same["config"] = asdict(config)
-    saved["config"] = asdict(type(config)(**saved["config"]))    # with newer fields
+    saved["config"] = asdict(type(config)()) | saved["config"]   # newer fields have their defaults
     for name, value in same.items():
         if saved.get(name) != value:
             raise UserError(f"{path} has {name} {saved.get(name)}, this run {value}: take another "
@@ -624,8 +624,7 @@ class Log:
     def __init__(self, path, model, args, job):
         self.args = args
         self.job = job
-        path = os.devnull if job.rank else path
-        self.file = open(path, "a" if args.resume else "w", buffering=1)
+        self.file = open(os.devnull if job.rank else path, "a" if args.resume else "w", buffering=1)
         parameters = sum(p.numel() for p in model.parameters())
         self.write(command=" ".join(sys.argv), flags=vars(args) | dict(out=str(args.out)),
                    device=job.device, dtype=str(job.dtype), torch=torch.__version__)
@@ -654,8 +653,7 @@ class Log:
         for name, value in terms.items():
             if not math.isfinite(value):
                 raise UserError(f"{name} is {value} by step {step}: the last checkpoint is kept; "
-                                f"lower --lr (now {self.args.lr}) or --clip (now "
-                                f"{self.args.clip}) and --resume")
+                                f"lower --lr ({self.args.lr}) or --clip ({self.args.clip})")
 
         seconds = (time.perf_counter() - self.start) / self.steps
         record = dict(lr=lr_at(step - 1, self.args), ms=seconds * 1e3,
