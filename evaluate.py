@@ -1077,11 +1077,11 @@ class Classifier(nn.Module):
     image_size = None                               # of the images that it learned, if known
 
     def __init__(self, num_classes, widths):
+        super().__init__()
         def conv(channels_in, channels, stride=1):
             return nn.Sequential(nn.Conv2d(channels_in, channels, 3, stride, 1, bias=False),
                                  nn.BatchNorm2d(channels), nn.ReLU(inplace=True))
 
-        super().__init__()
         self.stem = conv(3, widths[0])
         self.down = nn.ModuleList(conv(a, b, stride=2) for a, b in zip(widths, widths[1:]))
         self.residual = nn.ModuleList(conv(width, width) for width in widths[1:])
