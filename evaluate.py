@@ -525,6 +525,8 @@ class Moments:
         """(mean (d,), covariance (d, d)) over all processes."""
         for x in (self.count, self.sum, self.outer):
             all_sum(x)
+        if self.count < 2:
+            raise UserError("a Frechet distance needs at least 2 images: take more")
         mu = self.sum / self.count
         return mu, self.outer.sub_(self.count * mu[:, None] * mu).div_(self.count - 1)
 
@@ -848,6 +850,7 @@ ALONE = "images"                                 # the class of images without c
 
 def open_folder(root, image_size, workers):
     """(train, val) of a folder. Class names are its folders', in words where ImageNet has some."""
+    root = Path(root)
     root = next((root / place for place in KAGGLE if (root / place).is_dir()), root)
     folders = [name for name in visible(os.listdir(root)) if (root / name).is_dir()]
     held_out = [name for name in HELD_OUT if name in folders]
@@ -925,12 +928,13 @@ def hold_out(root, classes):
     held_out = set()
     for files in classes.values():
         held_out.update([file for file in files if number(file) < 500][:len(files) - 1])
-    if not held_out:
-        spare = [file for files in classes.values() for file in sorted(files, key=number)[1:]]
+    # A small folder may have too few such files: a covariance needs two.
+    if len(held_out) < 2:
+        spare = [file for files in classes.values() for file in sorted(files, key=number)[:-1]]
         spare = sorted(spare or chain.from_iterable(classes.values()), key=number)
         if sum(len(files) for files in classes.values()) < 2:
             raise UserError(f"{root} has one image, and one is held out for validation: add more")
-        held_out.update(spare[:max(1, len(spare) // 20)])
+        held_out.update(spare[:max(1, min(2, len(spare) // 4), len(spare) // 20)])
     print(f"{root} has no val folder: {len(held_out)} images, about 5 %, are held out")
     return ({name: [f for f in files if f not in held_out] for name, files in classes.items()},
             {name: [f for f in files if f in held_out] for name, files in classes.items()})
@@ -1074,10 +1078,10 @@ class Classifier(nn.Module):
     """Small residual network: uint8 (B, 3, S, S) -> features (B, C), None, logits (B, classes).
     Trained on the data set at hand. JUDGE measures, PERCEPTUAL may serve in the perceptual loss.
     They differ in size and seed, because a loss must not be its own judge."""
-    image_size = None                               # of the images that it learned, if known
 
-    def __init__(self, num_classes, widths):
+    def __init__(self, num_classes, image_size, widths):
         super().__init__()
+        self.image_size = image_size
         def conv(channels_in, channels, stride=1):
             return nn.Sequential(nn.Conv2d(channels_in, channels, 3, stride, 1, bias=False),
                                  nn.BatchNorm2d(channels), nn.ReLU(inplace=True))
@@ -1097,7 +1101,7 @@ class Classifier(nn.Module):
 
     def forward(self, images):
         S = self.image_size
-        if S and images.shape[2:] != (S, S):
+        if images.shape[2:] != (S, S):
             raise UserError(f"images are {images.shape[2:]}, the classifier's {S} px: resize them")
         features = self.taps(to_float(images))[-1].mean((2, 3))
         return features, None, self.head(features)
@@ -1117,25 +1121,24 @@ def load_classifier(path, kind, data, image_size, job):
     about = dict(image_size=image_size, classes=data[0].class_names, **kind) if data else {}
     if data and not path.exists():
         print(f"training a classifier for {path}, minutes on a CPU")
-        model, accuracy = train_classifier(*data, device=job.device, **kind)
+        model, accuracy = train_classifier(*data, image_size, device=job.device, **kind)
         path.parent.mkdir(parents=True, exist_ok=True)
         save_checkpoint(path, "classifier", **about, accuracy=accuracy, model=model.state_dict())
     saved = read_checkpoint(path, "classifier")
     for name, value in about.items():
         if saved[name] != value:
             raise UserError(f"{path} is of {name} {saved[name]}, not {value}: name another file")
-    model = Classifier(len(saved["classes"]), saved["widths"])
-    model.image_size = saved["image_size"]
+    model = Classifier(len(saved["classes"]), saved["image_size"], saved["widths"])
     model.load_state_dict(saved["model"])
     print(f"{path}: test accuracy {saved['accuracy']:.1%}")
     model.to(job.device, memory_format=torch.channels_last)
     return model.eval().requires_grad_(False)
 
 
-def train_classifier(train, val, widths, seed, device, steps=3000, batch_size=128):
+def train_classifier(train, val, image_size, widths, seed, device, steps=3000, batch_size=128):
     """(classifier, accuracy on held-out images), trained from scratch: minutes on a CPU."""
     torch.manual_seed(random_streams("classifier weights", seed, 0).item())
-    model = Classifier(len(train.class_names), widths)
+    model = Classifier(len(train.class_names), image_size, widths)
     model = model.to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-3, total_steps=steps)

@@ -1923,7 +1923,7 @@ def test_lpips_has_a_gradient_where_all_features_are_zero():
 @torch.no_grad()
 def test_classifier_distance_is_that_of_unit_features():
     """The features of the stem and of each stage get unit length at each pixel."""
-    model = randomized(Classifier(10, (8, 16, 24)))
+    model = randomized(Classifier(10, S, (8, 16, 24)))
     a, b = (to_float(pictures(seed, 3, S, S)) for seed in (1, 2))
 
     def stages(x):

@@ -208,7 +208,7 @@ def evaluate_generator(model, records, job):
 # ---- the data set as codes ----------------------------------------------------------------------
 
 def code_batches(data, num_classes, args, job, start):
-    """The batch of each step from `start` on: this process's micro-batches of codes and labels.
+    """The batch of each step from `start` on, as generator_step takes it.
     Each image comes in a random view, and some labels are dropped (label num_classes). A batch
     depends on seed and step alone, whatever the number of processes."""
     views = data["codes"].shape[1]

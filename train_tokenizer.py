@@ -73,13 +73,11 @@ class TokenizerSettings:
 PRESETS = {
     # minutes on a laptop CPU; with patches of 8 instead of 4 a step takes about half the time
     "shapes": dict(patch_size=8, gpt=dict(code_images=20_000)),
-
     # 70 minutes on one CPU core, 40 % of them for the generator; folders take it, too
     "cifar": dict(
         num_tokens=64, codebook_size=1024, width=192, heads=6, power=0.5, steps=4000, warmup=200,
         perceptual=0.2, perceptual_start=2000, perceptual_net="classifier", eval_every=500,
         gpt=dict(width=256, depth=6, heads=8, steps=2000, warmup=200, ema=0.995, eval_every=500)),
-
     # the paper's size: ViT-B encoder and decoder, d16 generator; Muon was not tried here
     "imagenet": dict(
         image_size=256, patch_size=16, num_tokens=64, codebook_size=4096, width=768, depth=12,
@@ -373,8 +371,7 @@ def start_folder(path, args):
 # ---- batches ------------------------------------------------------------------------------------
 
 def image_batches(data, args, job, start):
-    """The batch of each step from `start` on: this process's micro-batches, each (rows of the
-    whole batch, uint8 images (b, 3, S, S)).
+    """The batch of each step from `start` on, as training_step takes it.
     Images are mirrored at random, and image files are cropped at random. A batch depends on seed
     and step alone, whatever the number of processes: a resumed run goes on with the very next one.
     """
@@ -413,8 +410,7 @@ def split_batch(args, job):
 
 def ahead(function, items):
     """Yields function(item) for each item, computed by a thread that stays two items ahead."""
-    # The thread uses one core: a second team of OpenMP threads would take the cores from the
-    # model (40 % of a step).
+    # One core: a second team of OpenMP threads would take the cores from the model.
     with ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         waiting = deque()
         for item in items:
@@ -547,8 +543,7 @@ def lr_at(step, args):
 
 @torch.no_grad()
 def update_ema(ema, model, decay, step):
-    """ema <- decay ema + (1 - decay) model, buffers too. In early steps the decay is smaller, so
-    that the average forgets the initial weights."""
+    """ema <- decay ema + (1 - decay) model, buffers too. Early on it forgets the initial weights."""
     decay = min(decay, (1 + step) / (10 + step))
     for averaged, current in zip(ema.state_dict().values(), model.state_dict().values()):
         averaged.lerp_(current, 1 - decay)
@@ -624,7 +619,8 @@ class Log:
     def __init__(self, path, model, args, job):
         self.args = args
         self.job = job
-        self.file = open(os.devnull if job.rank else path, "a" if args.resume else "w", buffering=1)
+        mode = "a" if args.resume else "w"
+        self.file = open(os.devnull if job.rank else path, mode, buffering=1)
         parameters = sum(p.numel() for p in model.parameters())
         self.write(command=" ".join(sys.argv), flags=vars(args) | dict(out=str(args.out)),
                    device=job.device, dtype=str(job.dtype), torch=torch.__version__)
