@@ -20,7 +20,7 @@ import tarfile
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from itertools import chain, repeat
+from itertools import chain, cycle, repeat
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -64,8 +64,14 @@ def parse_args(argv=None):
     add("--batch-size", type=int, default=64, help="images per batch of one process")
     add_sampling_flags(parser)
     args = parse_flags(parser, argv)
-    if len(args.paths) != 2 * (args.command == "compare"):
-        parser.error(f"compare takes two paths, the other commands none: {args.paths}")
+    if args.command == "compare" and len(args.paths) != 2:
+        parser.error(f"compare takes two paths, SAMPLES REFERENCE, not {args.paths}")
+    # A flag without effect would give a number that means something else.
+    users = dict(paths="compare", tokens="generation", levels="reconstruction, truncation",
+                 tokenizer="generation, truncation, probe", reference="generation, truncation")
+    for name, commands in users.items():
+        if getattr(args, name) and args.command not in commands:
+            parser.error(f"{args.command} does not use {name}: it is of {commands}")
     # Defaults that depend on other flags. After this function, args is only read.
     small_images = args.command != "compare" and args.data in ("shapes", *CIFAR)
     args.features = args.features or ("classifier" if small_images else "inception")
@@ -99,11 +105,10 @@ def print_table(rows):
 
 
 # ---- the commands: each returns the rows of its table -------------------------------------------
-
 def run_compare(args, job):
     network = load_network(args, None, None, job)
-    samples = measure_path(args.paths[0], network, args, job)
-    reference = measure_path(args.paths[1], network, args, job)
+    samples = measure_path(args.paths[0], args.num, network, args, job)
+    reference = measure_path(args.paths[1], None, network, args, job)
     row = {"images": samples.count, "reference images": reference.count}
     return [row | compare_sets(samples, reference, args, job)]
 
@@ -114,7 +119,7 @@ def load_network(args, data, image_size, job):
         load = partial(load_inception, args.inception, job.device)
     else:
         path = Path(args.classifier or args.out / "classifier.pt")
-        load = partial(load_classifier, path, JUDGE, data, image_size, job)
+        load = partial(load_classifier, path, JUDGE, args.data, data, image_size, job)
     return first_rank_first(load, job)
 
 
@@ -166,7 +171,7 @@ def measure_generation(gpt, tokenizer, network, train, levels, args, job):
     """Rows of samples decoded at each level, against training images or --reference."""
     num = args.num or (50_000 if args.features == "inception" else 10_000)
     if args.reference:                              # first: its name may be wrong
-        reference = measure_path(args.reference, network, args, job)
+        reference = measure_path(args.reference, None, network, args, job)
     else:
         chosen = pick_images(len(train), 50_000)
         reference = measure_images(train, chosen, network, args, job)
@@ -252,7 +257,7 @@ def measure_reconstructions(tokenizer, network, val, levels, args, job):
 
 
 def run_truncation(args, job):
-    """Reconstructions (columns that begin with r) and samples (g) after the first i tokens."""
+    """Reconstructions, and samples (columns that begin with g), after the first i tokens."""
     gpt, tokenizer, _ = load_models(args, job)
     levels = args.levels or spread_levels(tokenizer.config.num_tokens)
     train, val, network = open_run("gpt", tokenizer, args, job)
@@ -407,7 +412,6 @@ def held_out_bits(model, codes, labels, job):
 
 
 # ---- metrics ------------------------------------------------------------------------------------
-
 def frechet_distance(mu1, sigma1, mu2, sigma2):
     """|mu1 - mu2|^2 + tr(S1 + S2 - 2 sqrt(S1 S2)) in float64 (FID, Heusel et al. 2017).
     tr sqrt(S1 S2) is the sum of the roots of the eigenvalues of R S2 R with R = sqrt(S1), which is
@@ -562,8 +566,8 @@ def extract_features(images, batches, count, network, job):
         pool=gather(torch.cat(pools), own, count), logits=gather(torch.cat(logits), own, count))
 
 
-def measure_path(path, network, args, job):
-    """Features of a folder of images, or of an .npz of images, of statistics or of both."""
+def measure_path(path, num, network, args, job):
+    """Features of (num of) the images of a folder or an .npz, which may hold statistics, too."""
     images, arrays = None, {}
     if Path(path).is_dir():
         images = Folder(path, [images_below(path)], None, args.workers)
@@ -579,7 +583,7 @@ def measure_path(path, network, args, job):
 
     features = SimpleNamespace(count=None, moments=None, spatial=None, pool=None, logits=None)
     if images is not None:
-        chosen = pick_images(len(images), args.num)
+        chosen = pick_images(len(images), num)
         features = measure_images(images, chosen, network, args, job)
     # Files come sorted, often by class. A score of consecutive parts needs them shuffled.
     if not arrays:
@@ -616,20 +620,22 @@ def check_data(path, kind, train, args):
     saved = read_checkpoint(path, kind, mmap=True)
     name = saved["args"]["data"]
     # A folder may have been moved: then it has another name, but the same files.
-    if name != args.data and saved.get("data") != train.fingerprint():
-        raise UserError(f"{path} was trained on --data {name}, this run has --data {args.data}: "
-                        f"give --data {name}, or another --out")
+    if saved.get("data") != train.fingerprint():
+        if name != args.data:
+            raise UserError(f"{path} was trained on --data {name}, this run has --data "
+                            f"{args.data}: give --data {name}, or another --out")
+        print(f"warning: the images of {name} have changed since {path} was trained")
     learned = saved.get("class_names", train.class_names)
     if learned != train.class_names:
         raise UserError(f"{path} learned the classes {learned[:5]} .., the data set has "
                         f"{train.class_names[:5]} ..: train it again")
 
 
-def batch_indices(n, batch_size, step, seed):
+def batch_indices(n, batch_size, step, seed, purpose="order of images"):
     """Which of n samples make the batch of a step; every epoch is a new permutation."""
     position = torch.arange(step * batch_size, (step + 1) * batch_size)
     epochs = position // n
-    return torch.cat([permutation(n, "epochs", seed, epoch)[position[epochs == epoch] % n]
+    return torch.cat([permutation(n, purpose, seed, epoch)[position[epochs == epoch] % n]
                       for epoch in epochs.unique().tolist()])
 
 
@@ -766,7 +772,6 @@ class Shapes:
 
 
 # ---- CIFAR, from the official binary archives (no pickles) --------------------------------------
-
 CIFAR = {
     "cifar10": dict(
         url="https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz",
@@ -898,9 +903,13 @@ def list_classes(folder):
 
 def images_below(folder):
     """Paths of all image files below a folder, sorted, so that image i is the same everywhere."""
-    files = []
-    for where, folders, names in os.walk(folder):
+    files, seen = [], set()
+    for where, folders, names in os.walk(folder, followlinks=True):
+        # A link may lead to a folder that was seen already, even to one above it.
         folders[:] = visible(folders)
+        if os.path.realpath(where) in seen:
+            folders[:] = names[:] = []
+        seen.add(os.path.realpath(where))
         files += [os.path.join(where, name) for name in visible(names)
                   if os.path.splitext(name)[1].lower() in EXTENSIONS]
     if not files:
@@ -930,11 +939,14 @@ def hold_out(root, classes):
         held_out.update([file for file in files if number(file) < 500][:len(files) - 1])
     # A small folder may have too few such files: a covariance needs two.
     if len(held_out) < 2:
-        spare = [file for files in classes.values() for file in sorted(files, key=number)[:-1]]
+        spare = []
+        for files in classes.values():
+            spare += sorted(set(files) - held_out, key=number)[:-1]
         spare = sorted(spare or chain.from_iterable(classes.values()), key=number)
         if sum(len(files) for files in classes.values()) < 2:
             raise UserError(f"{root} has one image, and one is held out for validation: add more")
-        held_out.update(spare[:max(1, min(2, len(spare) // 4), len(spare) // 20)])
+        most = max(len(spare) // 20, 2 if len(spare) > 7 else 1)
+        held_out.update(spare[:most - len(held_out)])
     print(f"{root} has no val folder: {len(held_out)} images, about 5 %, are held out")
     return ({name: [f for f in files if f not in held_out] for name, files in classes.items()},
             {name: [f for f in files if f in held_out] for name, files in classes.items()})
@@ -973,6 +985,8 @@ class Folder:
                 pixels = decode_image(self.files[number], self.image_size, crop)
                 return pixels, self.labels[number]
             except UserError as error:
+                if self.image_size is None:         # a comparison counts each file
+                    raise
                 if number not in self.broken:
                     self.broken.add(number)
                     print(f"{error}: the next image stands in", file=sys.stderr)
@@ -988,7 +1002,6 @@ class Folder:
 
 
 # ---- networks that compare images: LPIPS, and small classifiers ---------------------------------
-
 VGG_URL = "https://download.pytorch.org/models/vgg16-397923af.pth"
 LPIPS_URL = ("https://raw.githubusercontent.com/richzhang/PerceptualSimilarity/master/lpips/"
              "weights/v0.1/vgg.pth")
@@ -1005,7 +1018,8 @@ def load_perceptual(train, val, image_size, args, job):
         if net == "vgg":
             return load_lpips(job.device)
         path = args.out / "perceptual.pt" if net == "classifier" else Path(net)
-        return load_classifier(path, PERCEPTUAL, (train, val), image_size, job).distance
+        data = train, val
+        return load_classifier(path, PERCEPTUAL, args.data, data, image_size, job).distance
     return first_rank_first(load, job)
 
 
@@ -1115,16 +1129,20 @@ JUDGE = dict(widths=(32, 48, 96, 192), seed=0)
 PERCEPTUAL = dict(widths=(32, 64, 128, 128), seed=1)
 
 
-def load_classifier(path, kind, data, image_size, job):
+def load_classifier(path, kind, data_name, data, image_size, job):
     """The classifier in a file, of kind JUDGE or PERCEPTUAL; trained on data (train, val) and kept
     when absent. data None: any classifier will do."""
-    about = dict(image_size=image_size, classes=data[0].class_names, **kind) if data else {}
+    about = {}
+    if data:                                        # a folder's own name, because it may be moved
+        about = dict(data=Path(data_name).name, image_size=image_size,
+                     classes=data[0].class_names, **kind)
     if data and not path.exists():
         print(f"training a classifier for {path}, minutes on a CPU")
         model, accuracy = train_classifier(*data, image_size, device=job.device, **kind)
         path.parent.mkdir(parents=True, exist_ok=True)
         save_checkpoint(path, "classifier", **about, accuracy=accuracy, model=model.state_dict())
     saved = read_checkpoint(path, "classifier")
+    saved["data"] = Path(saved.get("data", "")).name
     for name, value in about.items():
         if saved[name] != value:
             raise UserError(f"{path} is of {name} {saved[name]}, not {value}: name another file")
@@ -1144,7 +1162,8 @@ def train_classifier(train, val, image_size, widths, seed, device, steps=3000, b
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-3, total_steps=steps)
     for step in tqdm(range(steps), desc="training the classifier", disable=None):
         torch.manual_seed(random_streams("classifier step", seed, step).item())
-        images, labels = train.batch(batch_indices(len(train), batch_size, step, seed))
+        chosen = batch_indices(len(train), batch_size, step, seed, "classifier order")
+        images, labels = train.batch(chosen)
         _, _, logits = model(augment(images).to(device))
         F.cross_entropy(logits, labels.to(device), label_smoothing=0.1).backward()
         optimizer.step()
@@ -1174,7 +1193,6 @@ def augment(images):
 
 
 # ---- Inception-v3 as in the 2015 TensorFlow graph that FID is defined by ------------------------
-
 INCEPTION_URL = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
                  "pt_inception-2015-12-05-6726825d.pth")
 
@@ -1330,9 +1348,7 @@ def mixed_7(channels, pool):
 
 
 # ---- line charts --------------------------------------------------------------------------------
-
-COLOURS = ("#1f5fa8", "#d1495b", "#2e933c", "#8d5fd3", "#e08e1b", "#555555", "#17a2b8", "#a0522d",
-           "#c71585")
+COLOURS = "#1f5fa8", "#d1495b", "#2e933c", "#8d5fd3", "#e08e1b", "#555555", "#17a2b8", "#a0522d"
 
 
 def save_charts(path, rows, x_column, panels):
@@ -1362,12 +1378,12 @@ def line_chart(title, rows, x_column, columns):
         draw.text((left - 12, y_pixel(value)), f"{value:.3g}", fill="black", anchor="rm")
     for i in range(0, len(rows), math.ceil(len(rows) / 10)):
         draw.text((left + i * step, bottom + 14), str(rows[i][x_column]), "black", anchor="mt")
-    for number, (column, colour) in enumerate(zip(columns, COLOURS)):
+    for number, (column, colour) in enumerate(zip(columns, cycle(COLOURS))):
         x, y = left + 240 * (number % 3), 64 + 30 * (number // 3)       # three names a row
         draw.text((x, y), column, fill=colour, anchor="lm")
         points = [(left + i * step, y_pixel(row[column]))
                   for i, row in enumerate(rows) if row[column] is not None]
-        draw.line(points, fill=colour, width=4, joint="curve")
+        draw.line(points, fill=colour, width=4)
     return picture
 
 

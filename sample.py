@@ -63,7 +63,6 @@ def main(args):
 
 
 # ---- pictures -----------------------------------------------------------------------------------
-
 def draw_samples(gpt, tokenizer, names, args, job):
     """samples.png, a row per class, or progressive.png, a row per image; and as an animation."""
     N = check_tokens("--tokens", args.tokens, gpt.config.num_tokens)
@@ -166,16 +165,18 @@ def write_npz(gpt, tokenizer, classes, args, job):
     num = args.num or 50_000
     S = tokenizer.config.image_size
     labels = balanced_labels(num, classes, args.seed)
-    images = shared_array(f"{path}.part", np.uint8, (num, S, S, 3), job)
+    images = shared_array(part_name(path), np.uint8, (num, S, S, 3), job)
     for chosen in progress("sampling", own_batches(num, args.batch_size, job), job):
         codes = draw_codes(gpt, labels[chosen], chosen, N, args, job)
         pixels = to_uint8(tokenizer.decode(codes)).permute(0, 2, 3, 1)
         images[chosen.numpy()] = pixels.cpu().numpy()
+    images.flush()
     barrier()
     if job.rank == 0:
         with whole_file(path) as temporary, open(temporary, "wb") as file:
             np.savez(file, arr_0=images, arr_1=labels.numpy())
-        os.remove(f"{path}.part")
+        del images                               # Windows removes no file that is in use
+        os.remove(part_name(path))
         print(f"{num:,} images of {len(classes)} classes: {path}")
 
 
@@ -190,6 +191,11 @@ def progress(name, batches, job):
     return tqdm(batches, desc=name, disable=True if job.rank else None)
 
 
+def part_name(path):
+    """A temporary name that all processes of this run share, and no other run."""
+    return f"{path}.{os.environ.get('MASTER_PORT', os.getpid())}.part"
+
+
 def shared_array(path, dtype, shape, job):
     """A new array on the disk that all processes write into; it takes no memory."""
     if job.rank == 0:
@@ -199,7 +205,6 @@ def shared_array(path, dtype, shape, job):
 
 
 # ---- sampling, shared with evaluate.py ----------------------------------------------------------
-
 def add_sampling_flags(parser):
     """Flags of all that samples."""
     add = parser.add_argument_group("sampling").add_argument
@@ -266,7 +271,6 @@ def spread_levels(N):
 
 
 # ---- classes by name ----------------------------------------------------------------------------
-
 def choose_classes(args, names):
     """Class numbers of --classes. Without it all, for a picture at most ten, evenly spread."""
     if args.classes:
@@ -292,7 +296,6 @@ def find_class(word, names):
 
 
 # ---- image files --------------------------------------------------------------------------------
-
 def decode_image(path, size=None, crop=None):
     """An image file as a viewer shows it, uint8 RGB (H, W, 3). UserError when it is broken.
     size: None = the whole picture, else ADM's square crop of that side, or any_crop(*crop)."""
@@ -344,7 +347,6 @@ def any_crop(image, size, scale, y, x):
 
 
 # ---- grids of images ----------------------------------------------------------------------------
-
 def image_grid(rows, names=None, columns=None):
     """Pillow picture of rows of images: a list of uint8 (n, 3, S, S).
     names stand to the left of the rows, columns above the columns. Small images are enlarged."""

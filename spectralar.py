@@ -1,7 +1,7 @@
 """SpectralAR (arXiv 2506.10962): an image as a short sequence of frequency tokens, coarse to fine.
 
 Read from top to bottom. Each part needs only the parts above it, and a few helpers of part 10:
-UserError, attention and uniforms.
+UserError, attention, uniforms, whole_file and one_line.
 
    1. spectrum     an image as a sum of cosine waves; windows and sub-images
    2. mapping      how many frequencies the first i tokens may describe
@@ -39,7 +39,6 @@ import torch.nn.functional as F
 
 
 # ---- 1. spectrum (paper, section 3.2) -----------------------------------------------------------
-
 @lru_cache(maxsize=None)
 def dct_matrix(n, dtype=torch.float32, device="cpu"):
     """(n, n) orthonormal DCT-II: row k holds a cosine of frequency k.
@@ -105,7 +104,6 @@ def low_pass(x, window):
 
 
 # ---- 2. the non-uniform token-frequency mapping (paper, Eq. 9) ----------------------------------
-
 def band_edges(num_tokens, image_size, power):
     """(N,) long: w_i, the window of the first i tokens. It never shrinks, and the last is S.
 
@@ -194,7 +192,6 @@ def decoder_mask(P, N, levels, flat=False):
 
 
 # ---- 4. transformer -----------------------------------------------------------------------------
-
 class Attention(nn.Module):
     """Multi-head self-attention with LayerNorm on queries and keys (QK-norm)."""
 
@@ -254,7 +251,6 @@ class Block(nn.Module):
 
 
 # ---- 5. quantizer (paper, section 3.3; unit-length codes as in ViT-VQGAN and TiTok) -------------
-
 class VectorQuantizer(nn.Module):
     """Replaces each vector by the nearest of K learned unit vectors; the code is its number.
 
@@ -320,7 +316,6 @@ class VectorQuantizer(nn.Module):
 
 
 # ---- 6. tokenizer (paper, section 3.3) ----------------------------------------------------------
-
 def setting(default, help):
     """A field of a config that is also a flag: its default, and its text in -h."""
     return field(default=default, metadata=dict(help=help))
@@ -520,7 +515,6 @@ def nested_loss(recon, targets, distance=F.mse_loss):
 
 
 # ---- 8. generator (paper, section 3.4) ----------------------------------------------------------
-
 @dataclass
 class GPTConfig:
     num_classes: int = setting(10, "classes; one more label means: no class")
@@ -685,7 +679,6 @@ def sample_from_logits(logits, uniform, temperature=1.0, top_k=0, top_p=1.0):
 
 
 # ---- 9. checkpoints: a dict of tensors and plain types, always read with weights_only=True ------
-
 FORMAT = 2                      # raised when new code would misread an old file
 
 
@@ -743,14 +736,13 @@ def code_fingerprint(tokenizer):
 
 
 # ---- 10. machinery: nothing of the method -------------------------------------------------------
-
 class UserError(ValueError):
     """A mistake of the user, told in one line: what disagrees, and the remedy."""
 
 
 @contextmanager
 def whole_file(path):
-    """A name to write to. The file gets its own when it is whole: until then the old one stays."""
+    """A temporary name to write to. The old file stays until the new one is whole."""
     path = Path(path)
     temporary = path.with_name(f"{path.stem}.tmp{path.suffix}")
     yield temporary
@@ -790,7 +782,7 @@ def attention(q, k, v, mask=None, causal=False):
 def random_streams(purpose, seed, index):
     """The random streams of indices (B,) long, or of an int: one 64-bit number each.
     Every random number of a run comes from the stream of its purpose, seed and index. So no two
-    purposes share numbers, and a resumed run has nothing to restore. A seed may be any integer."""
+    purposes share a stream, and a resumed run has nothing to restore. Any integer is a seed."""
     name = hashlib.sha256(f"{purpose} {seed}".encode()).digest()
     name = int.from_bytes(name[:8], "little", signed=True)
     return mix_bits(mix_bits(torch.as_tensor(index)) + name)
@@ -885,7 +877,7 @@ BUILT_IN = ("shapes", "cifar10", "cifar100", "imagenet")
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """-h shows the docstring as it stands, and each default; what None means, the text tells."""
+    """-h shows the docstring as it stands, and each default. The text tells what None means."""
 
 
 def base_parser():

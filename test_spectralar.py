@@ -1341,7 +1341,18 @@ def judged(trained, tmp_path_factory):
 
 def load_judge(out):
     train, val = Shapes("train", S), Shapes("val", S)
-    return load_classifier(out / "classifier.pt", JUDGE, (train, val), S, Job("cpu"))
+    return load_classifier(out / "classifier.pt", JUDGE, "shapes", (train, val), S, Job("cpu"))
+
+
+def test_judge_of_other_data_is_refused(judged):
+    """Its classes may have the same names. A folder that was moved is not other data."""
+    data = Shapes("train", S), Shapes("val", S)
+    saved = read_saved(judged / "classifier.pt")
+    for name in ("/old/place/shapes", "shapes"):
+        torch.save(saved | dict(data=name), judged / "moved.pt")
+        load_classifier(judged / "moved.pt", JUDGE, "/new/place/shapes", data, S, Job("cpu"))
+    with pytest.raises(UserError, match="is of data shapes, not other"):
+        load_classifier(judged / "moved.pt", JUDGE, "/new/place/other", data, S, Job("cpu"))
 
 
 def last_record(out):
@@ -1454,8 +1465,7 @@ def test_ranks_give_what_one_process_gives(judged, reference, tmp_path):
     """The counts are odd, so that the shares of the ranks differ, and smaller than one batch."""
     out = shutil.copytree(judged, tmp_path / "out")
     (out / "evaluations.jsonl").unlink(missing_ok=True)
-    for command in ("generation --num 31", "reconstruction --num 33"):
-        flags = f"{command} --reference {reference[0]}"
+    for flags in (f"generation --num 31 --reference {reference[0]}", "reconstruction --num 33"):
         call(evaluate, out, flags)
         alone = last_record(out)["results"]
         finish(*start_ranks(evaluate, out, flags))
@@ -1494,6 +1504,20 @@ def test_compare_takes_folders_images_and_statistics(judged, tmp_path, capsys):
     assert row["FD-classifier"] > 0.1 and row["recall"] < 0.5
 
 
+def test_num_of_compare_leaves_the_reference_whole(judged, tmp_path):
+    """A folder of links is read, too, and a link back to it adds no image twice."""
+    (tmp_path / "real").mkdir()
+    for i, image in enumerate(held_out_shapes(12)):
+        Image.fromarray(image).save(tmp_path / "real" / f"{i}.png")
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links" / "class").symlink_to(tmp_path / "real")
+    (tmp_path / "real" / "back").symlink_to(tmp_path / "links")
+    call(evaluate, judged, f"compare {tmp_path / 'links'} {tmp_path / 'links'} --num 5 "
+                           f"--features classifier")
+    row = last_record(judged)["results"][0]
+    assert (row["images"], row["reference images"]) == (5, 12)
+
+
 def distance_of_few(a, b):
     """Frechet distance of features (n, d) and (m, d) of far fewer rows than columns: if A A' and
     B B' are the covariances, tr sqrt(A A' B B') is the sum of the singular values of A' B."""
@@ -1528,6 +1552,9 @@ def broken_npz(folder):
     np.savez(folder / "float.npz", arr_0=images / 255)
     np.savez(folder / "planes.npz", arr_0=images.transpose(0, 3, 1, 2))
     (folder / "empty").mkdir()
+    (folder / "broken").mkdir()
+    Image.fromarray(images[0]).save(folder / "broken" / "a.png")
+    (folder / "broken" / "b.png").write_bytes(b"no picture")
 
 
 @pytest.mark.parametrize("flags, message", [
@@ -1537,7 +1564,11 @@ def broken_npz(folder):
     ("compare {tmp}/float.npz {tmp}/good.npz", "arr_0 is float64"),
     ("compare {tmp}/planes.npz {tmp}/good.npz", "(3, 3, 16, 16)"),
     ("compare {tmp}/good.npz {tmp}/good.npz --classifier {tmp}/no.pt", "no.pt does not exist"),
+    ("compare {tmp}/broken {tmp}/good.npz", "cannot decode {tmp}/broken/b.png"),
     ("generation --features inception", "cannot download"),
+    ("generation --levels 2", "generation does not use levels"),
+    ("reconstruction --tokens 2", "reconstruction does not use tokens"),
+    ("reconstruction --tokenizer other.pt", "reconstruction does not use tokenizer"),
     ("reconstruction --levels 7", "--levels is 7, and there are 1 .. 6 tokens")])
 def test_evaluate_tells_bad_input_in_one_line(flags, message, judged, tmp_path, capsys,
                                               monkeypatch):

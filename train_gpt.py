@@ -23,14 +23,13 @@ import torch
 import torch.nn.functional as F
 
 from evaluate import Folder, batch_indices, check_data, held_out_bits, open_data, pick_images
-from sample import draw_class_samples, own_batches, progress, shared_array
+from sample import draw_class_samples, own_batches, part_name, progress, shared_array
 from train_tokenizer import (Log, TrainingSettings, add_mean, ahead, catch_signals, file_stamp,
                              gradient_sync, make_optimizers, optimizer_step, parse_training_flags,
                              restore, save_run, split_batch, start_folder, training_parser,
                              update_ema, wrap_model)
 
 # ---- settings -----------------------------------------------------------------------------------
-
 # Of each training image: crops (scale, y, x of any_crop; None: the middle), also mirrored?
 VIEWS = {
     "centre": ([None], False),
@@ -68,7 +67,6 @@ def parse_args(argv=None):
 
 
 # ---- one training step --------------------------------------------------------------------------
-
 def generator_step(step, batch, parts, wrapped, args, job):
     """Cross-entropy of one batch, gradients and updates; returns {term: value} for the log.
 
@@ -112,7 +110,6 @@ def generator_losses(model, codes, labels, job):
 
 
 # ---- the run ------------------------------------------------------------------------------------
-
 def main(args):
     job = start_job(args)
     path = args.out / "gpt.pt"
@@ -173,7 +170,7 @@ def main(args):
             log.write(step=done, **record)
             samples = args.out / "samples.png"
             draw_class_samples(samples, parts["ema"], tokenizer, names, args.sample_cfg)
-            log.reset()
+            log.reset()                  # the evaluation's time is not that of a step
         if leaves:
             break
 
@@ -183,7 +180,7 @@ def main(args):
 
 
 def build_generator_parts(tokenizer_config, num_classes, args, job):
-    """{name: model or optimizer}: all whose state belongs into a checkpoint."""
+    """{name: model or optimizer} of the run."""
     # VAR's rule where no size is given: width 64 x depth, heads = depth.
     config = config_from_flags(
         GPTConfig, args, num_classes=num_classes, num_tokens=tokenizer_config.num_tokens,
@@ -206,7 +203,6 @@ def evaluate_generator(model, records, job):
 
 
 # ---- the data set as codes ----------------------------------------------------------------------
-
 def code_batches(data, num_classes, args, job, start):
     """The batch of each step from `start` on, as generator_step takes it.
     Each image comes in a random view, and some labels are dropped (label num_classes). A batch
@@ -215,7 +211,7 @@ def code_batches(data, num_classes, args, job, start):
     passes = split_batch(args, job)
 
     def make_batch(step):
-        index = batch_indices(len(data), args.batch_size, step, args.seed)
+        index = batch_indices(len(data), args.batch_size, step, args.seed, "order of codes")
         number = step * args.batch_size + torch.arange(args.batch_size)
         u = uniforms(random_streams("views and label drops", args.seed, number), 2)
         view = (u[:, 0] * views).long()
@@ -253,7 +249,7 @@ def encode_data(split, tokenizer, data, most, views, args, job):
     if not path.exists():
         shape = (len(crops) * (1 + mirrored), tokenizer.config.num_tokens)
         record = np.dtype([("label", np.int32), ("codes", np.uint16, shape)])
-        file = shared_array(f"{path}.part", record, (len(chosen),), job)
+        file = shared_array(part_name(path), record, (len(chosen),), job)
         # A thread reads images while the model encodes those before.
         batches = own_batches(len(chosen), 64, job)
         bar = progress(f"encoding {split} images", batches, job)
@@ -267,10 +263,11 @@ def encode_data(split, tokenizer, data, most, views, args, job):
                         codes.append(tokenizer.encode(images.flip(-1)))
             file["codes"][rows.numpy()] = torch.stack(codes, 1).cpu().numpy()
             file["label"][rows.numpy()] = labels.numpy()
+        file.flush()
         del file                                 # Windows renames no file that is in use
         barrier()
         if job.rank == 0:
-            os.replace(f"{path}.part", path)
+            os.replace(part_name(path), path)
         barrier()
     return np.load(path, mmap_mode="r")
 

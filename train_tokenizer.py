@@ -33,12 +33,12 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from evaluate import (LPIPS, batch_indices, check_data, codebook_use, draw_levels,  # noqa: F401
-                      effective_rank, load_perceptual, open_data, pick_images, psnr)
+from evaluate import LPIPS  # noqa: F401 (can be imported from here, too)
+from evaluate import (batch_indices, check_data, codebook_use, draw_levels, effective_rank,
+                      load_perceptual, open_data, pick_images, psnr)
 from sample import spread_levels
 
 # ---- settings: each field is a flag -------------------------------------------------------------
-
 @dataclass
 class TrainingSettings:
     """Of both training scripts. The defaults are the tokenizer's, for shapes."""
@@ -100,7 +100,6 @@ def parse_args(argv=None):
 
 
 # ---- one training step --------------------------------------------------------------------------
-
 def training_step(step, batch, parts, wrapped, perceptual, args, job):
     """Losses, gradients and updates of one step; returns {term: value} for the log.
 
@@ -206,14 +205,13 @@ def tokenizer_losses(model, images, levels, edges, perceptual, discriminator, ar
 
 
 # ---- the run ------------------------------------------------------------------------------------
-
 def main(args):
     job = start_job(args)
     path = args.out / "tokenizer.pt"
     start_folder(path, args)
     stamp = file_stamp(path)
 
-    # The models and optimizers: all whose state belongs into the checkpoint.
+    # The models and optimizers, whose state the checkpoint keeps.
     parts = build_tokenizer_parts(args, job)
     start = 0
     if args.resume:
@@ -257,7 +255,7 @@ def main(args):
         if evaluates and job.rank == 0:
             record = evaluate_tokenizer(parts["ema"], val, args, job)
             log.write(step=done, **record)
-            log.reset()
+            log.reset()                  # the evaluation's time is not that of a step
         if leaves:
             break
 
@@ -322,7 +320,6 @@ def evaluate_tokenizer(model, data, args, job):
 
 
 # ---- flags and folder of a run, shared with train_gpt.py ----------------------------------------
-
 def training_parser(doc, argv):
     """(parser with the flags of both training scripts, the preset that --preset or --data names).
     The preset decides the defaults of the other flags, so these two are read first."""
@@ -369,7 +366,6 @@ def start_folder(path, args):
 
 
 # ---- batches ------------------------------------------------------------------------------------
-
 def image_batches(data, args, job, start):
     """The batch of each step from `start` on, as training_step takes it.
     Images are mirrored at random, and image files are cropped at random. A batch depends on seed
@@ -446,7 +442,6 @@ def gradient_sync(model, last, job):
 
 
 # ---- optimizers and averaged weights ------------------------------------------------------------
-
 def make_optimizers(model, args, job):
     """{name: optimizer}: each trained parameter of the model belongs to exactly one.
     muon trains the matrices of the blocks, but not those of AdaLN, which start at zero. optimizer,
@@ -543,14 +538,13 @@ def lr_at(step, args):
 
 @torch.no_grad()
 def update_ema(ema, model, decay, step):
-    """ema <- decay ema + (1 - decay) model, buffers too. Early on it forgets the initial weights."""
+    """ema <- decay ema + (1 - decay) model, buffers too. Early on it forgets the first weights."""
     decay = min(decay, (1 + step) / (10 + step))
     for averaged, current in zip(ema.state_dict().values(), model.state_dict().values()):
         averaged.lerp_(current, 1 - decay)
 
 
 # ---- checkpoint and log -------------------------------------------------------------------------
-
 def file_stamp(path):
     """What changes when another program writes a file; None without one."""
     return (path.stat().st_mtime_ns, path.stat().st_ino) if path.exists() else None
@@ -598,7 +592,7 @@ def restore(path, kind, parts, args, **same):
 
 def catch_signals(job):
     """A list that gets the name of a signal: Ctrl-C, a kill, a closed terminal. One process alone
-    then finishes its step, saves and leaves. Several would have to agree on the step: they end."""
+    then finishes its step, saves and leaves. Several end at once: --resume takes the last save."""
     caught = []
 
     def catch(number, frame):
@@ -664,7 +658,6 @@ class Log:
 
 
 # ---- adversarial loss ---------------------------------------------------------------------------
-
 class Discriminator(nn.Module):
     """PatchGAN (Isola et al. 2017): images in [-1, 1] (B, 3, H, W) -> logits (B, 1, H/8, W/8).
     A logit judges a patch: above 0 it takes it for real. GroupNorm instead of BatchNorm, so that
