@@ -1384,6 +1384,8 @@ def line_chart(title, rows, x_column, columns):
         points = [(left + i * step, y_pixel(row[column]))
                   for i, row in enumerate(rows) if row[column] is not None]
         draw.line(points, fill=colour, width=4)
+        for x, y in points:                                             # a lone one, too
+            draw.ellipse([x - 4, y - 4, x + 4, y + 4], fill=colour)
     return picture
 
 
