@@ -52,15 +52,15 @@ def parse_args(argv=None):
         help="network that measures (shapes and CIFAR: classifier, else inception)")
     add("--inception", metavar="FILE", help="weights of Inception (downloaded)")
     add("--classifier", metavar="FILE", help="a classifier that measures, one for all runs that "
-        "you compare (classifier.pt in --out, trained when absent)")
+        "you compare (classifier.pt in --out; trained when absent, but not by compare)")
     add("--reference", metavar="PATH",
         help="images or statistics to compare samples with (50,000 training images)")
-    add("--num", type=int, help="images (generation: 50,000, with the classifier 10,000; probe: "
+    add("--num", type=int, help="images (samples: 50,000, with the classifier 10,000; probe: "
         "50,000; others: all)")
     add("--levels", type=int, nargs="+",
         help="numbers of tokens, such as 1 2 4 (all tokens; truncation: 1, 2, 4 ...)")
     add("--lpips", action=argparse.BooleanOptionalAction,
-        help="reconstruction: measure LPIPS too (with inception only)")
+        help="of reconstructions: measure LPIPS, too (with inception only)")
     add("--batch-size", type=int, default=64, help="images per batch of one process")
     add_sampling_flags(parser)
     args = parse_flags(parser, argv)
@@ -305,12 +305,12 @@ def draw_levels(path, tokenizer, val, levels, job):
 
 
 # ---- probe: how well do earlier tokens predict each token? --------------------------------------
-#   R2        a linear map predicts the code vector from those before it, on held-out images
+#   R2        of a linear map from the code vectors before it (reversed: from the last one on)
 #   entropy   of the code in bits, if nothing else is known
 #   bits      cross-entropy of the GPT, which knows the class and all codes before
 
 def run_probe(args, job):
-    """How well earlier tokens predict each token. Patches of pixels are there to compare with."""
+    """How well earlier tokens predict each token, and earlier patches of pixels each patch."""
     gpt, tokenizer, _ = load_models(args, job)
     N = tokenizer.config.num_tokens
     train, val = open_data(args, tokenizer.config.image_size, job)
@@ -341,8 +341,8 @@ def run_probe(args, job):
 
 @torch.no_grad()
 def correlate_tokens(tokenizer, data, most, job):
-    """Of up to `most` images: codes (n, N), labels (n,), and the mean and covariance of their code
-    vectors and, if N square patches tile an image of up to 4,096 values, of their patches."""
+    """Of up to `most` images: codes (n, N), labels (n,), mean and covariance of the code vectors,
+    and those of the patches, if N square patches tile an image of up to 4,096 values."""
     N, S = tokenizer.config.num_tokens, tokenizer.config.image_size
     side = S // math.isqrt(N)
     tiles = side ** 2 * N == S ** 2 and 3 * S * S <= 4096
@@ -530,7 +530,7 @@ class Moments:
         for x in (self.count, self.sum, self.outer):
             all_sum(x)
         if self.count < 2:
-            raise UserError("a Frechet distance needs at least 2 images: take more")
+            raise UserError("a covariance needs at least 2 images: take more")
         mu = self.sum / self.count
         return mu, self.outer.sub_(self.count * mu[:, None] * mu).div_(self.count - 1)
 
@@ -567,7 +567,7 @@ def extract_features(images, batches, count, network, job):
 
 
 def measure_path(path, num, network, args, job):
-    """Features of (num of) the images of a folder or an .npz, which may hold statistics, too."""
+    """Features of the images of a folder or an .npz, at most num; an .npz may hold statistics."""
     images, arrays = None, {}
     if Path(path).is_dir():
         images = Folder(path, [images_below(path)], None, args.workers)
@@ -586,7 +586,7 @@ def measure_path(path, num, network, args, job):
         chosen = pick_images(len(images), num)
         features = measure_images(images, chosen, network, args, job)
     # Files come sorted, often by class. A score of consecutive parts needs them shuffled.
-    if not arrays:
+    if isinstance(images, Folder):
         features.logits = features.logits[permutation(len(chosen), "order of scores", 0, 0)]
     # ADM's statistics are of the whole training set, its images are 10,000 of it.
     if "mu" in arrays:

@@ -168,7 +168,7 @@ def write_npz(gpt, tokenizer, classes, args, job):
     images = shared_array(part_name(path), np.uint8, (num, S, S, 3), job)
     for chosen in progress("sampling", own_batches(num, args.batch_size, job), job):
         codes = draw_codes(gpt, labels[chosen], chosen, N, args, job)
-        pixels = to_uint8(tokenizer.decode(codes)).permute(0, 2, 3, 1)
+        pixels = to_uint8(tokenizer.decode(codes, N)).permute(0, 2, 3, 1)
         images[chosen.numpy()] = pixels.cpu().numpy()
     images.flush()
     barrier()
@@ -206,7 +206,7 @@ def shared_array(path, dtype, shape, job):
 
 # ---- sampling, shared with evaluate.py ----------------------------------------------------------
 def add_sampling_flags(parser):
-    """Flags of all that samples."""
+    """The flags of every command that samples."""
     add = parser.add_argument_group("sampling").add_argument
     add("--cfg", type=float, default=2.0,
         help="guidance: logits = u + cfg (c - u); 1 = none, 0 = unconditional")

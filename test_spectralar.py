@@ -1138,9 +1138,12 @@ def test_npz_is_the_same_for_any_batch_and_processes(a_copy):
 
 
 @torch.no_grad()
-def test_npz_is_as_adm_lays_it_out(a_copy, capsys):
+@pytest.mark.parametrize("tokens", [4, N])
+def test_npz_is_as_adm_lays_it_out(tokens, a_copy, capsys):
+    """Samples of the first tokens alone were decoded as if code 0 stood at the other places."""
     path = a_copy / "samples.npz"
-    call(sample_script, a_copy, f"--npz {path} --num 33 --classes ring 2 star --cfg 1.5")
+    call(sample_script, a_copy,
+         f"--npz {path} --num 33 --classes ring 2 star --cfg 1.5 --tokens {tokens}")
     gpt, tokenizer, _ = load_generator(a_copy / "gpt.pt")
     with np.load(path) as file:
         images, labels = file["arr_0"], torch.from_numpy(file["arr_1"])
@@ -1148,7 +1151,7 @@ def test_npz_is_as_adm_lays_it_out(a_copy, capsys):
     assert labels.dtype == torch.int64
     assert torch.bincount(labels).tolist() == [0, 0, 11, 11, 0, 11]
     codes = gpt.generate(labels, cfg=1.5, seeds=sample_seeds(1, 33))
-    expected = to_uint8(tokenizer.decode(codes)).permute(0, 2, 3, 1).int().numpy()
+    expected = to_uint8(tokenizer.decode(codes, tokens)).permute(0, 2, 3, 1).int().numpy()
     assert abs(images - expected).max() <= 1
     line = error_of(capsys, sample_script, a_copy, f"--npz {path}")
     assert "samples.npz exists" in line
