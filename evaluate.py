@@ -51,8 +51,8 @@ def parse_args(argv=None):
     add("--features", choices=("inception", "classifier"),
         help="network that measures (shapes and CIFAR: classifier, else inception)")
     add("--inception", metavar="FILE", help="weights of Inception (downloaded)")
-    add("--classifier", metavar="FILE", help="a classifier that measures, one for all runs that "
-        "you compare (classifier.pt in --out; trained when absent, but not by compare)")
+    add("--classifier", metavar="FILE", help="another run's classifier: take one for all runs "
+        "that you compare (classifier.pt in --out, which is trained when absent)")
     add("--reference", metavar="PATH",
         help="images or statistics to compare samples with (50,000 training images)")
     add("--num", type=int, help="images (samples: 50,000, with the classifier 10,000; probe: "
@@ -109,7 +109,8 @@ def run_compare(args, job):
     network = load_network(args, None, None, job)
     samples = measure_path(args.paths[0], args.num, network, args, job)
     reference = measure_path(args.paths[1], None, network, args, job)
-    row = {"images": samples.count, "reference images": reference.count}
+    row = {"images": samples.count, "reference images": reference.count,
+           "px": samples.size, "reference px": reference.size}
     return [row | compare_sets(samples, reference, args, job)]
 
 
@@ -118,8 +119,8 @@ def load_network(args, data, image_size, job):
     if args.features == "inception":
         load = partial(load_inception, args.inception, job.device)
     else:
-        path = Path(args.classifier or args.out / "classifier.pt")
-        load = partial(load_classifier, path, JUDGE, args.data, data, image_size, job)
+        load = partial(load_classifier, args.classifier, args.out / "classifier.pt", JUDGE,
+                       args.data, data, image_size, job)
     return first_rank_first(load, job)
 
 
@@ -134,6 +135,9 @@ def compare_sets(samples, reference, args, job):
         return {}
     if min(samples.count or 2048, reference.count or 2048) < 2048:
         print("warning: the Frechet distance of fewer than 2,048 images is biased")
+    if samples.size != reference.size and samples.size and reference.size:
+        print(f"warning: samples are {samples.size} px and the reference {reference.size} px: "
+              f"sharpness alone makes them differ")
     result = {distance_name(args): frechet_distance(*samples.moments, *reference.moments)}
     if samples.spatial is not None and reference.spatial is not None:
         result["sFID"] = frechet_distance(*samples.spatial, *reference.spatial)
@@ -227,7 +231,7 @@ def measure_reconstructions(tokenizer, network, val, levels, args, job):
             score = [logits.argmax(-1).cpu() == labels, psnr(copies, images), ssim(copies, images)]
             if lpips is not None:
                 score.append(lpips(to_float(copies), to_float(images)))
-            scores[level].append(torch.stack([x.double().cpu() for x in score], 1))
+            scores[level].append(torch.stack([x.cpu().double() for x in score], 1))
             energies[level] += torch.stack([band_energy(copies), band_energy(images)])
 
     own = torch.cat(batches)
@@ -464,11 +468,11 @@ def psnr(a, b):
 
 
 def ssim(a, b):
-    """Structural similarity (Wang et al. 2004) of uint8 images (B, 3, H, W) -> (B,) float64.
+    """Structural similarity (Wang et al. 2004) of uint8 images (B, 3, H, W) -> (B,).
     Gaussian window of 11 px, sigma 1.5, valid region, mean over the channels. It is measured on
     0 .. 255, never on [-1, 1]: SSIM changes when both images are shifted."""
     def windows(n):                                 # row i averages the pixels i .. i + 10
-        offset = torch.arange(-5, 6, dtype=torch.float64, device=a.device)
+        offset = torch.arange(-5, 6, device=a.device)
         window = torch.exp(-offset ** 2 / (2 * 1.5 ** 2))
         window = window / window.sum()
         return torch.stack([F.pad(window, (i, n - 11 - i)) for i in range(n - 10)])
@@ -477,12 +481,14 @@ def ssim(a, b):
         return rows @ x @ columns.T
 
     rows, columns = windows(a.shape[-2]), windows(a.shape[-1])
-    a, b = a.double(), b.double()
+    # Variances do not change with a shift, and float32 holds those of small numbers better.
+    a, b = a.float() - 128, b.float() - 128
     mean_a, mean_b = blur(a), blur(b)
     var_a = blur(a * a) - mean_a ** 2
     var_b = blur(b * b) - mean_b ** 2
     cov = blur(a * b) - mean_a * mean_b
     c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+    mean_a, mean_b = mean_a + 128, mean_b + 128
     similarity = (2 * mean_a * mean_b + c1) * (2 * cov + c2)
     similarity = similarity / ((mean_a ** 2 + mean_b ** 2 + c1) * (var_a + var_b + c2))
     return similarity.mean((1, 2, 3))
@@ -491,15 +497,16 @@ def ssim(a, b):
 def band_energy(images):
     """Energy of uint8 images (B, 3, S, S), summed over them, in each octave of frequencies: 0, 1,
     2 and 3, 4 .. 7 ... -> (octaves,) float64."""
-    number = torch.arange(images.shape[-1], device=images.device)
+    number = torch.arange(images.shape[-1])
     frequency = torch.maximum(number[:, None], number)                  # (S, S)
-    octave = torch.frexp(frequency.double()).exponent.long().flatten()
-    energy = dct2(to_float(images).double()).square().sum((0, 1)).flatten()
-    return energy.new_zeros(octave.max() + 1).index_add_(0, octave, energy).cpu()
+    octave = torch.frexp(frequency.float()).exponent.long().flatten()
+    energy = dct2(to_float(images)).square().sum((0, 1)).flatten().cpu().double()
+    return energy.new_zeros(octave.max() + 1).index_add_(0, octave, energy)
 
 
 def codebook_use(codes, K):
     """Codes (n, N) -> share of the K codes in use, perplexity, perplexity per position (N,)."""
+    codes = codes.cpu()
     def perplexity(column):
         p = torch.bincount(column.flatten(), minlength=K).double() / column.numel()
         return torch.special.entr(p).sum().exp().item()
@@ -508,7 +515,7 @@ def codebook_use(codes, K):
 
 def effective_rank(x):
     """How many dimensions rows (n, d) fill about their mean, 1 .. d (Roy and Vetterli 2007)."""
-    values = torch.linalg.svdvals((x - x.mean(0)).double())
+    values = torch.linalg.svdvals((x - x.mean(0)).cpu().double())
     share = values / values.sum().clamp(min=1e-30)
     return torch.special.entr(share).sum().exp().item()
 
@@ -520,7 +527,7 @@ class Moments:
         self.count = self.sum = self.outer = torch.zeros((), dtype=torch.float64)
 
     def add(self, rows):
-        rows = rows.double().cpu()
+        rows = rows.cpu().double()                  # Apple's GPUs lack float64
         self.count = self.count + len(rows)
         self.sum = self.sum + rows.sum(0)
         self.outer = torch.addmm(self.outer, rows.T, rows)
@@ -536,8 +543,8 @@ class Moments:
 
 
 # ---- features of a set of images ----------------------------------------------------------------
-# count; moments: mean (d,) and covariance (d, d); spatial: those of Inception's spatial features;
-# pool (n, d); logits (n, classes). None: not known
+# count; size: "H x W"; moments: mean (d,) and covariance (d, d); spatial: those of Inception's
+# spatial features; pool (n, d); logits (n, classes). None: not known
 
 def measure_images(images, chosen, network, args, job):
     """Features of the chosen images of a data set."""
@@ -561,7 +568,7 @@ def extract_features(images, batches, count, network, job):
         logits.append(batch_logits.cpu())
     own = torch.cat(batches)
     return SimpleNamespace(
-        count=count, moments=pool_moments.finish(),
+        count=count, size="{} x {}".format(*pixels.shape[2:]), moments=pool_moments.finish(),
         spatial=None if spatial is None else spatial_moments.finish(),
         pool=gather(torch.cat(pools), own, count), logits=gather(torch.cat(logits), own, count))
 
@@ -581,7 +588,8 @@ def measure_path(path, num, network, args, job):
                             f"(n, H, W, 3): convert it")
         images = InMemory(torch.from_numpy(pixels).permute(0, 3, 1, 2), torch.zeros(len(pixels)))
 
-    features = SimpleNamespace(count=None, moments=None, spatial=None, pool=None, logits=None)
+    features = SimpleNamespace(count=None, size=None, moments=None, spatial=None, pool=None,
+                               logits=None)
     if images is not None:
         chosen = pick_images(len(images), num)
         features = measure_images(images, chosen, network, args, job)
@@ -847,8 +855,9 @@ def download(url, folder, sha256=None, name=None):
 # ---- folders of images --------------------------------------------------------------------------
 # train/ and val/ inside, or one folder per class, or images alone (one class)
 
-EXTENSIONS = ".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"
-HELD_OUT = "val", "valid", "validation", "test"  # names of a held-out folder, the best first
+EXTENSIONS = ".jpg", ".jpeg", ".jfif", ".png", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff"
+TRAIN = "train", "training"                      # names of the parts, in any case, best first
+HELD_OUT = "val", "valid", "validation", "eval", "evaluation", "dev", "test", "testing"
 KAGGLE = "Data/CLS-LOC", "ILSVRC/Data/CLS-LOC"   # where Kaggle's ImageNet has train and val
 ALONE = "images"                                 # the class of images without class folders
 
@@ -857,16 +866,15 @@ def open_folder(root, image_size, workers):
     """(train, val) of a folder. Class names are its folders', in words where ImageNet has some."""
     root = Path(root)
     root = next((root / place for place in KAGGLE if (root / place).is_dir()), root)
-    folders = [name for name in visible(os.listdir(root)) if (root / name).is_dir()]
-    held_out = [name for name in HELD_OUT if name in folders]
+    folders = {place.name.lower(): place for place in folders_in(root)}
+    parts = [folders[name] for name in TRAIN if name in folders]
+    held_out = [folders[name] for name in HELD_OUT if name in folders]
     # Beside other folders and without a held-out one, "train" is a class, such as of vehicles.
-    if "train" in folders and (held_out or folders == ["train"]):
-        train = list_classes(root / "train")
-    else:
-        train = list_classes(root)
-        held_out = []
+    if not parts or not held_out and len(folders) > 1:
+        parts, held_out = [root], []
+    train = list_classes(parts[0])
     if held_out:
-        val = list_classes(root / held_out[0])
+        val = list_classes(held_out[0])
     else:
         train, val = hold_out(root, train)
     if list(val) == [ALONE] and len(train) > 1:              # Kaggle's val has no folders
@@ -894,11 +902,22 @@ def visible(names):
     return [name for name in sorted(names) if not name.startswith((".", "__MACOSX"))]
 
 
+def folders_in(folder):
+    return [folder / name for name in visible(os.listdir(folder)) if (folder / name).is_dir()]
+
+
 def list_classes(folder):
     """{class name: files}: sub-folders are classes; images alone are one class."""
-    places = {name: folder / name for name in visible(os.listdir(folder))
-              if (folder / name).is_dir()}
-    return {name: images_below(place) for name, place in (places or {ALONE: folder}).items()}
+    places = folders_in(folder)
+    if not places:
+        return {ALONE: images_below(folder)}
+    # If all of them hold the same folders, those are the classes, and these something else.
+    inner = set.intersection(*({inside.name for inside in folders_in(place)} for place in places))
+    if len(inner) > 1:
+        raise UserError(f"{folder}: {len(places)} folders, {places[0].name} .., which hold the "
+                        f"same ones, {', '.join(sorted(inner)[:3])} ..: name one of them, or call "
+                        f"them train and val")
+    return {place.name: images_below(place) for place in places}
 
 
 def images_below(folder):
@@ -1017,9 +1036,9 @@ def load_perceptual(train, val, image_size, args, job):
     def load():
         if net == "vgg":
             return load_lpips(job.device)
-        path = args.out / "perceptual.pt" if net == "classifier" else Path(net)
-        data = train, val
-        return load_classifier(path, PERCEPTUAL, args.data, data, image_size, job).distance
+        named = None if net == "classifier" else net
+        return load_classifier(named, args.out / "perceptual.pt", PERCEPTUAL, args.data,
+                               (train, val), image_size, job).distance
     return first_rank_first(load, job)
 
 
@@ -1093,7 +1112,7 @@ class Classifier(nn.Module):
     Trained on the data set at hand. JUDGE measures, PERCEPTUAL may serve in the perceptual loss.
     They differ in size and seed, because a loss must not be its own judge."""
 
-    def __init__(self, num_classes, image_size, widths):
+    def __init__(self, num_classes, image_size, widths, pool=False):
         super().__init__()
         self.image_size = image_size
         def conv(channels_in, channels, stride=1):
@@ -1101,7 +1120,10 @@ class Classifier(nn.Module):
                                  nn.BatchNorm2d(channels), nn.ReLU(inplace=True))
 
         self.stem = conv(3, widths[0])
-        self.down = nn.ModuleList(conv(a, b, stride=2) for a, b in zip(widths, widths[1:]))
+        # Convolving before halving is four times the work, and recognises more images.
+        self.down = nn.ModuleList(
+            nn.Sequential(conv(a, b), nn.MaxPool2d(2)) if pool else conv(a, b, stride=2)
+            for a, b in zip(widths, widths[1:]))
         self.residual = nn.ModuleList(conv(width, width) for width in widths[1:])
         self.head = nn.Linear(widths[-1], num_classes)
 
@@ -1129,16 +1151,17 @@ JUDGE = dict(widths=(32, 48, 96, 192), seed=0)
 PERCEPTUAL = dict(widths=(32, 64, 128, 128), seed=1)
 
 
-def load_classifier(path, kind, data_name, data, image_size, job):
-    """The classifier in a file, of kind JUDGE or PERCEPTUAL; trained on data (train, val) and kept
-    when absent. data None: any classifier will do."""
+def load_classifier(named, own, kind, data_name, data, image_size, job):
+    """The classifier, of kind JUDGE or PERCEPTUAL, in the file that a flag has named, or else in
+    the run's own, which is trained on data (train, val) when absent. data None: any will do."""
+    path = Path(named or own)
     about = {}
     if data:                                        # a folder's own name, because it may be moved
         about = dict(data=Path(data_name).name, image_size=image_size,
                      classes=data[0].class_names, **kind)
-    if data and not path.exists():
+    if data and not named and not path.exists():     # a mistyped name must not train one
         print(f"training a classifier for {path}, minutes on a CPU")
-        model, accuracy = train_classifier(*data, image_size, device=job.device, **kind)
+        model, accuracy = train_classifier(*data, image_size, job, **kind)
         path.parent.mkdir(parents=True, exist_ok=True)
         save_checkpoint(path, "classifier", **about, accuracy=accuracy, model=model.state_dict())
     saved = read_checkpoint(path, "classifier")
@@ -1146,26 +1169,30 @@ def load_classifier(path, kind, data_name, data, image_size, job):
     for name, value in about.items():
         if saved[name] != value:
             raise UserError(f"{path} is of {name} {saved[name]}, not {value}: name another file")
-    model = Classifier(len(saved["classes"]), saved["image_size"], saved["widths"])
+    model = Classifier(len(saved["classes"]), saved["image_size"], saved["widths"],
+                       saved.get("pool", False))
     model.load_state_dict(saved["model"])
     print(f"{path}: test accuracy {saved['accuracy']:.1%}")
     model.to(job.device, memory_format=torch.channels_last)
     return model.eval().requires_grad_(False)
 
 
-def train_classifier(train, val, image_size, widths, seed, device, steps=3000, batch_size=128):
+def train_classifier(train, val, image_size, job, widths, seed, pool=False, steps=3000,
+                     batch_size=128):
     """(classifier, accuracy on held-out images), trained from scratch: minutes on a CPU."""
     torch.manual_seed(random_streams("classifier weights", seed, 0).item())
-    model = Classifier(len(train.class_names), image_size, widths)
-    model = model.to(device, memory_format=torch.channels_last)
+    model = Classifier(len(train.class_names), image_size, widths, pool)
+    model = model.to(job.device, memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-3, total_steps=steps)
     for step in tqdm(range(steps), desc="training the classifier", disable=None):
         torch.manual_seed(random_streams("classifier step", seed, step).item())
         chosen = batch_indices(len(train), batch_size, step, seed, "classifier order")
         images, labels = train.batch(chosen)
-        _, _, logits = model(augment(images).to(device))
-        F.cross_entropy(logits, labels.to(device), label_smoothing=0.1).backward()
+        with autocast(job):
+            _, _, logits = model(augment(images).to(job.device))
+            loss = F.cross_entropy(logits, labels.to(job.device), label_smoothing=0.1)
+        loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
@@ -1174,7 +1201,7 @@ def train_classifier(train, val, image_size, widths, seed, device, steps=3000, b
     for chosen in torch.arange(min(len(val), 10_000)).split(500):
         images, labels = val.batch(chosen)
         with torch.no_grad():
-            _, _, logits = model(images.to(device))
+            _, _, logits = model(images.to(job.device))
         hits.append(logits.argmax(-1).cpu() == labels)
     return model, torch.cat(hits).double().mean().item()
 

@@ -16,9 +16,10 @@ import re
 from functools import lru_cache
 from pathlib import Path
 
-from spectralar import (Help, UserError, autocast, barrier, base_parser, code_fingerprint,
-                        load_generator, load_tokenizer, one_line, parse_flags, random_streams,
-                        run_script, start_job, to_float, to_uint8, whole_file)
+from spectralar import (Help, Sampling, UserError, add_settings, autocast, barrier, base_parser,
+                        code_fingerprint, config_from_flags, load_generator, load_tokenizer,
+                        one_line, parse_flags, random_streams, run_script, start_job, to_float,
+                        to_uint8, whole_file)
 
 import numpy as np
 import torch
@@ -46,7 +47,10 @@ def parse_args(argv=None):
     add("--npz", metavar="FILE", type=Path,
         help="write images for evaluation, of balanced classes in shuffled order")
     add_sampling_flags(parser)
-    return parse_flags(parser, argv)
+    args = parse_flags(parser, argv)
+    if args.keep and not args.upscale:
+        parser.error("--keep is of --upscale")
+    return args
 
 
 def main(args):
@@ -207,13 +211,8 @@ def shared_array(path, dtype, shape, job):
 # ---- sampling, shared with evaluate.py ----------------------------------------------------------
 def add_sampling_flags(parser):
     """The flags of every command that samples."""
-    add = parser.add_argument_group("sampling").add_argument
-    add("--cfg", type=float, default=2.0,
-        help="guidance: logits = u + cfg (c - u); 1 = none, 0 = unconditional")
-    add("--temperature", type=float, default=1.0, help="of the logits; 0 = the likeliest code")
-    add("--top-k", type=int, default=0, help="sample among the k likeliest codes; 0 = all")
-    add("--top-p", type=float, default=1.0,
-        help="sample among the likeliest codes that reach this probability together")
+    add_settings(parser, "sampling", Sampling, dict(cfg=2.0))
+    add = parser.add_argument_group("tokens").add_argument
     add("--tokens", type=int, help="stop after this many tokens (all)")
     add("--tokenizer", metavar="FILE", help="decode by this tokenizer.pt of the same codes, such "
         "as one of train_tokenizer.py --finetune-decoder (the one in gpt.pt)")
@@ -243,9 +242,8 @@ def draw_codes(gpt, labels, indices, tokens, args, job, prefix=None):
     """Codes (B, N) of the samples with these indices (B,) and labels (B,); `tokens` of them."""
     seeds = random_streams("samples", args.seed, indices)
     with autocast(job):
-        return gpt.generate(labels.to(job.device), cfg=args.cfg, temperature=args.temperature,
-                            top_k=args.top_k, top_p=args.top_p, prefix=prefix, seeds=seeds,
-                            stop=tokens)
+        return gpt.generate(labels.to(job.device), prefix=prefix, seeds=seeds, stop=tokens,
+                            **vars(config_from_flags(Sampling, args)))
 
 
 def labels_in_turn(num, classes):
@@ -284,10 +282,14 @@ def find_class(word, names):
     # A name reads "tench, Tinca tinca (n01440764)".
     parts = [re.split(r", | \(|\)", name.lower()) for name in names]
     lower = word.lower()
+    # Folders 0 .. 9 and 01 .. 12: there 7 means the folder of that name, never the eighth one.
+    numbered = all(name.isdecimal() for name in names)
+    numbers = [int(name) for name in names] if numbered else range(len(names))
+    number = int(word) if word.isdecimal() else None
     meanings = ([c for c, name in enumerate(names) if name == word],
                 [c for c, its_parts in enumerate(parts) if lower in its_parts],
-                [c for c in range(len(names)) if str(c) == word],
-                [c for c, name in enumerate(names) if lower in name.lower()])
+                [c for c in range(len(names)) if numbers[c] == number],
+                [c for c, name in enumerate(names) if lower in name.lower() and not numbered])
     found = next(filter(None, meanings), [])
     if len(found) == 1:
         return found[0]

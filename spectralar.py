@@ -48,7 +48,7 @@ def dct_matrix(n, dtype=torch.float32, device="cpu"):
     position = torch.arange(n, dtype=torch.float64) + 0.5
     matrix = torch.cos(math.pi / n * frequency * position) * math.sqrt(2 / n)
     matrix[0] /= math.sqrt(2)
-    return matrix.to(device, dtype)
+    return matrix.to(dtype).to(device)           # Apple's GPUs lack float64
 
 
 def _transform(x, inverse):
@@ -234,6 +234,9 @@ class Block(nn.Module):
                                  nn.Linear(4 * width, width))
         self.modulation = nn.Linear(width, 6 * width) if conditional else None
 
+        # The layers whose output is added to x. GPT.init_weights starts them smaller.
+        self.into_stream = [self.attn.proj, self.mlp[2]]
+
     def modulate(self, condition):
         """Condition (B, D) -> six (B, 1, D): shift, scale, gate of attention, then of the MLP."""
         return self.modulation(condition)[:, None].chunk(6, -1)
@@ -305,11 +308,13 @@ class VectorQuantizer(nn.Module):
         call keeps only codes that are used at least as often as the average, and re-seeds the
         rest. A new code counts as fully used; if nobody chooses it, it lives for 59 steps."""
         K = len(self.usage)
-        share = torch.bincount(codes, minlength=K) * (K / len(codes))
-        self.usage.lerp_(share.to(self.usage), 1 - self.decay)
+        # Not bincount: a GPU would have to wait for the largest code.
+        one = self.usage.new_ones(len(codes))
+        share = torch.zeros_like(self.usage).index_add_(0, codes, one) * (K / len(codes))
+        self.usage.lerp_(share, 1 - self.decay)
         is_dead = self.usage < self.dead
         # Drawn on the CPU, so that every rank makes the same replacements.
-        chosen = torch.randint(len(z), (K,)).to(z.device)
+        chosen = torch.randint(len(z), (K,)).to(z.device, non_blocking=True)
         seeds = F.normalize(z[chosen].float(), dim=-1)
         self.codebook.copy_(torch.where(is_dead[:, None], seeds, self.codebook))
         self.usage.masked_fill_(is_dead, 1.0)
@@ -477,7 +482,8 @@ def sine_positions(side, width):
     y, x = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
     y = y.reshape(-1, 1) * frequency
     x = x.reshape(-1, 1) * frequency
-    return torch.cat([y.sin(), y.cos(), x.sin(), x.cos()], 1) / math.sqrt(2)
+    positions = torch.cat([y.sin(), y.cos(), x.sin(), x.cos()], 1) / math.sqrt(2)
+    return F.pad(positions, (0, width % 4))
 
 
 # ---- 7. the nested objective (paper, section 3.3, Eq. 7) ----------------------------------------
@@ -504,28 +510,55 @@ def sub_images(images, levels, edges):
     return torch.stack([low_pass(images, window) for window in windows.T], 1)
 
 
-def nested_loss(recon, targets, distance=F.mse_loss):
-    """Eq. 7: the sum over the levels of distance(reconstruction, sub-image).
+def squared_error(a, b):
+    """Two batches (B, 3, S, S) -> (B,): the mean of each image's squared errors."""
+    return (a - b).square().mean((1, 2, 3))
 
-    recon and targets (B, G, 3, S, S); distance: two batches (B, 3, S, S) -> a number, or (B,)."""
-    loss = 0
-    for level in range(recon.shape[1]):
-        loss = loss + distance(recon[:, level], targets[:, level]).mean()
-    return loss
+
+def nested_loss(recon, targets, distance=squared_error, weights=None):
+    """Eq. 7: the sum over the levels of distance(reconstruction, sub-image), a mean over images.
+
+    recon and targets (B, G, 3, S, S); distance: two batches (B, 3, S, S) -> (B,);
+    weights: of each image's levels, (B, G) or (G,); None = all 1."""
+    B, G = recon.shape[:2]
+    distances = [distance(recon[:, g], targets[:, g]) for g in range(G)]
+    # Stacking alone would accept one number per level, and lose the images' weights.
+    assert all(d.shape == (B,) for d in distances), "distance must return one number per image"
+    distances = torch.stack(distances, 1)                        # (B, G)
+    if weights is not None:
+        distances = distances * weights
+    return distances.mean(0).sum()
 
 
 # ---- 8. generator (paper, section 3.4) ----------------------------------------------------------
 @dataclass
 class GPTConfig:
-    num_classes: int = setting(10, "classes; one more label means: no class")
-    num_tokens: int = setting(16, "N, tokens per image")
-    codebook_size: int = setting(512, "K, codes in the codebook")
+    # These three are no flags: they follow from the data set and the tokenizer.
+    num_classes: int = 10                # one more label means: no class
+    num_tokens: int = 16
+    codebook_size: int = 512
     width: int = setting(192, "D; the paper's d16 has 64 x 16")
     depth: int = setting(4, "blocks; the paper's sizes are 16, 20, 24, 30")
     heads: int = setting(6, "attention heads per block; the paper's d16 has 16")
 
     def __post_init__(self):
         check_divides(self, "width", "heads")
+
+
+@dataclass
+class Sampling:
+    """Settings of GPT.generate. sample.py and evaluate.py make flags of them."""
+    cfg: float = setting(1.0, "guidance: logits = u + cfg (c - u), where c knows the class and u "
+                              "does not; 1 = none, 0 = unconditional")
+    temperature: float = setting(1.0, "of the logits; 0 = the likeliest code")
+    top_k: int = setting(0, "sample among the k likeliest codes; 0 = all")
+    top_p: float = setting(1.0, "sample among the likeliest codes that reach this probability "
+                                "together")
+
+    def __post_init__(self):
+        if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
+            raise UserError(f"temperature {self.temperature} and top_k {self.top_k} must be at "
+                            f"least 0, top_p {self.top_p} above 0 and at most 1: correct them")
 
 
 class GPT(nn.Module):
@@ -547,17 +580,19 @@ class GPT(nn.Module):
     def init_weights(self):
         """
         Linear.weight                        normal, std 0.02
-        attn.proj, mlp[2] (into the stream)  normal, std 0.02 / sqrt(2 depth) (GPT-2)
+        those that write into the stream     normal, std 0.02 / sqrt(2 depth) (GPT-2)
         modulations                          0: each block starts as the identity (DiT)
         Linear.bias                          0
         embeddings, positions                normal, std 0.02
         """
-        for name, module in self.named_modules():
+        into_stream = {layer for block in self.blocks for layer in block.into_stream}
+        modulations = {block.modulation for block in self.blocks} | {self.norm_modulation}
+        for module in self.modules():
             if isinstance(module, nn.Linear):
                 std = 0.02
-                if "modulation" in name:
+                if module in modulations:
                     std = 0
-                elif name.endswith(("attn.proj", "mlp.2")):
+                elif module in into_stream:
                     std = 0.02 / math.sqrt(2 * self.config.depth)
                 nn.init.normal_(module.weight, std=std)
                 nn.init.zeros_(module.bias)
@@ -573,21 +608,28 @@ class GPT(nn.Module):
         blocks = [block.modulate(condition) for block in self.blocks]
         return blocks + [self.norm_modulation(condition)[:, None].chunk(2, -1)]
 
-    def embed(self, codes, labels):
+    def embed(self, codes, labels, start=0):
         """Codes (B, T-1), labels (B,) -> the input (B, T, D): the target, one position later.
+        start: leave out the positions before it, which a cache holds -> (B, T - start, D).
 
         position   0        1    2    ...  N-1
         input      [class]  s_1  s_2  ...  s_(N-1)
         target     s_1      s_2  s_3  ...  s_N
         """
-        x = torch.cat([self.class_embed(labels)[:, None], self.code_embed(codes)], 1)
-        return x + self.pos[:x.shape[1]]
+        if start > 0:
+            x = self.code_embed(codes[:, start - 1:])
+        else:
+            x = torch.cat([self.class_embed(labels)[:, None], self.code_embed(codes)], 1)
+        return x + self.pos[start:start + x.shape[1]]
 
     def logits(self, x, modulations, caches=None, start=0):
         """Input x (B, T, D) of positions start .. start+T-1 -> logits (B, T, K) of the targets."""
-        # A single position may see all positions before it: it needs no mask.
-        causal = x.shape[1] > 1
-        assert start == 0 or not causal
+        # A single position may see all positions before it: it needs no mask. (An if, because
+        # torch.compile has no true bool for a comparison of shapes.)
+        causal = False
+        if x.shape[1] > 1:
+            assert start == 0
+            causal = True
         for i, block in enumerate(self.blocks):
             cache = None if caches is None else caches[i]
             x = block(x, None, causal, modulations[i], cache, start)
@@ -611,29 +653,27 @@ class GPT(nn.Module):
         return [torch.empty(shape, dtype=dtype, device=device) for _ in self.blocks]
 
     @torch.no_grad()
-    def generate(self, labels, cfg=1.0, temperature=1.0, top_k=0, top_p=1.0, prefix=None,
-                 seeds=None, stop=None):
+    def generate(self, labels, cfg=1.0, prefix=None, seeds=None, stop=None, **settings):
         """Sample codes (B, N) for labels (B,).
 
-        cfg      guidance: logits = u + cfg (c - u), where c knows the class and u does not;
-                 1 = no guidance, 0 = unconditional
-        temperature, top_k, top_p   see sample_from_logits
         prefix   (B, k) codes to keep; the other N - k are sampled
         seeds    (B,) one random stream per image, whatever batch it is in; None = new ones
         stop     stop after this many tokens, the prefix included; later codes are 0
+        cfg, temperature, top_k, top_p   see Sampling
         """
+        settings = Sampling(cfg, **settings)
         B, N = len(labels), self.config.num_tokens
         seeds = torch.randint(2 ** 62, (B,)) if seeds is None else torch.as_tensor(seeds)
-        uniform = uniforms(seeds, N).to(labels.device)                          # (B, N)
+        uniform = uniforms(seeds.cpu(), N).float().to(labels.device)            # (B, N)
         first = 0 if prefix is None else prefix.shape[1]
-        codes = labels.new_zeros(B, N)
-        if prefix is not None:
-            codes[:, :first] = prefix
 
         # Guidance needs two predictions. The second half of the batch runs without the class.
         guided = cfg != 1
         if guided:
             labels = torch.cat([labels, torch.full_like(labels, self.config.num_classes)])
+        codes = labels.new_zeros(len(labels), N)                                # (rows, N)
+        if prefix is not None:
+            codes[:, :first] = prefix.repeat(len(labels) // B, 1)
         modulations = self.modulations(labels)
         # Keys and values have the dtype that autocast gives to every Linear layer's output.
         caches = self.new_caches(len(labels), modulations[0][0].dtype)
@@ -641,15 +681,16 @@ class GPT(nn.Module):
         start = 0                                # positions before this one are in the cache
         for t in range(first, N if stop is None else stop):
             # The first pass reads the class and the prefix, each later one only the newest code.
-            inputs = codes.repeat(2, 1) if guided else codes                    # (rows, N)
-            x = self.embed(inputs[:, :t], labels)[:, start:]                    # (rows, T, D)
+            x = self.embed(codes[:, :t], labels, start)                         # (rows, T, D)
             logits = self.logits(x, modulations, caches, start)[:, -1].float()  # (rows, K)
             start = t + 1
             if guided:
                 conditional, unconditional = logits.chunk(2)
-                logits = unconditional + cfg * (conditional - unconditional)    # (B, K)
-            codes[:, t] = sample_from_logits(logits, uniform[:, t], temperature, top_k, top_p)
-        return codes
+                logits = unconditional + cfg * (conditional - unconditional)
+            new = sample_from_logits(logits, uniform[:, t], settings.temperature, settings.top_k,
+                                     settings.top_p)                            # (B,)
+            codes.view(-1, B, N)[:, :, t] = new              # to both halves
+        return codes[:B]
 
 
 def sample_from_logits(logits, uniform, temperature=1.0, top_k=0, top_p=1.0):
@@ -659,8 +700,7 @@ def sample_from_logits(logits, uniform, temperature=1.0, top_k=0, top_p=1.0):
     likeliest codes (0: all); top_p > 0 keeps, of these, the likeliest that together reach it."""
     if temperature == 0 or top_k == 1:
         return logits.argmax(-1)
-    logits = logits.double() / temperature
-    logits, order = logits.sort(dim=-1, descending=True, stable=True)
+    logits, order = (logits / temperature).sort(dim=-1, descending=True, stable=True)
     probs = logits.softmax(-1)
     if top_k:
         probs[:, top_k:] = 0
@@ -672,7 +712,7 @@ def sample_from_logits(logits, uniform, temperature=1.0, top_k=0, top_p=1.0):
     # The code where the cumulative probability passes the random number. Rounding must not lead
     # past the last code that is allowed.
     cumulative = probs.cumsum(-1)
-    threshold = uniform[:, None] * cumulative[:, -1:]
+    threshold = uniform[:, None].to(probs) * cumulative[:, -1:]
     rank = torch.searchsorted(cumulative, threshold, right=True)
     last_allowed = (probs > 0).sum(-1, keepdim=True) - 1
     return order.gather(1, rank.clamp(max=last_allowed))[:, 0]
@@ -829,7 +869,7 @@ def start_job(args):
             sys.stdout = open(os.devnull, "w")
 
     # Our choice: bfloat16 where the hardware multiplies it. Other CPUs can be 90 times slower.
-    fast = cuda or torch.cpu._is_amx_tile_supported()
+    fast = cuda or job.device == "cpu" and torch.cpu._is_amx_tile_supported()
     if args.dtype == "bfloat16" or args.dtype == "auto" and fast:
         job.dtype = torch.bfloat16
     print(f"dtype {job.dtype}, device {job.device}, {job.ranks} process(es)")
@@ -889,7 +929,8 @@ def base_parser():
         help="where CIFAR's folder lies, or is downloaded to; ImageNet's folder of train and val")
     add("--out", help="folder of the run's files (out/<data>)")
     add("--seed", type=int, default=0, help="of weights, batches and samples")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda, cuda:1")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu",
+        help="cuda, cuda:1, cpu, or mps (Apple)")
     add("--dtype", choices=("auto", "bfloat16", "float32"), default="auto",
         help="of matrix products; auto: bfloat16 on CUDA and on CPUs with AMX, else float32")
     add("--workers", type=int, default=min(8, os.cpu_count() or 1),
@@ -906,7 +947,7 @@ def parse_flags(parser, argv):
     return args
 
 
-def add_settings(parser, title, settings, preset, without=()):
+def add_settings(parser, title, settings, preset):
     """One flag per field of a dataclass (see setting). A preset may change the default."""
     add = parser.add_argument_group(title).add_argument
     for f in fields(settings):
@@ -915,7 +956,7 @@ def add_settings(parser, title, settings, preset, without=()):
             how = dict(action=argparse.BooleanOptionalAction)
         elif f.type is tuple:
             how = dict(type=float, nargs=len(f.default))
-        if f.name not in without:
+        if f.metadata:                           # others are no flags
             add("--" + f.name.replace("_", "-"), **how, help=f.metadata["help"],
                 default=preset.get(f.name, f.default))
 

@@ -41,7 +41,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageColor
+from PIL import Image, ImageCms, ImageColor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
 
 import evaluate
 import sample as sample_script
@@ -53,13 +56,13 @@ from evaluate import (COLOURS, JUDGE, LPIPS, SHAPES, Classifier, Folder, Incepti
                       load_inception, open_cifar, open_folder, pick_images, precision_recall, psnr,
                       ssim, tf1_resize, train_classifier)
 from sample import (any_crop, balanced_labels, center_crop, decode_image, find_class, image_grid,
-                    spread_levels)
+                    spread_levels, upright_rgb)
 from spectralar import (GPT, Block, GPTConfig, Job, SpectralTokenizer, TokenizerConfig, UserError,
                         VectorQuantizer, attention, band_edges, causal_mask, code_fingerprint,
                         config_from_flags, dct2, dct_matrix, decoder_mask, encoder_mask, idct2,
                         in_window, largest_window, load_generator, load_tokenizer, low_pass,
                         nested_loss, random_streams, run_script, sample_from_logits, sample_levels,
-                        save_checkpoint, sub_images, to_float, to_uint8, uniforms)
+                        save_checkpoint, sine_positions, sub_images, to_float, to_uint8, uniforms)
 from train_tokenizer import (PRESETS, Discriminator, Muon, hinge_loss, lr_at, make_optimizers,
                              optimizer_step, orthogonalize, update_ema)
 
@@ -71,6 +74,13 @@ torch.set_num_threads(1)                # tiny tensors: threads would only cost 
 
 # pytest does not know the mark "documents", and would warn of it.
 warnings.filterwarnings("ignore", category=pytest.PytestUnknownMarkWarning)
+
+# A device that this machine lacks (see FarDevice). PyTorch must know it before its first gradient.
+pretend_device = getattr(torch.utils.backend_registration,
+                         "_setup_privateuseone_for_python_backend", None)
+if pretend_device:
+    pretend_device("far")
+    torch.far.get_amp_supported_dtype = lambda: [torch.bfloat16]
 
 # Intel's MKL reads this when it is first used. Matrix products of any shape then round in the same
 # way, here and in the processes that the tests start.
@@ -236,7 +246,7 @@ def finish(*processes):
     """Wait until processes have ended, each without an error."""
     for process in processes:
         text = process.communicate(timeout=300)[0]
-        assert process.returncode == 0, text
+        assert process.returncode == 0 and "Warning" not in text, text
 
 
 def wait_for(condition, process):
@@ -688,6 +698,15 @@ def test_training_levels_and_loss_equal_their_definition():
         return (a - b).amax((1, 2, 3))
     assert torch.allclose(nested_loss(recon, targets), squares, rtol=1e-5)
     assert torch.allclose(nested_loss(recon, targets, largest_difference), largest, rtol=1e-5)
+    # Weights per level, and per image and level. A distance that forgets the images is refused.
+    both = torch.tensor([[1.0, 0], [1, 0], [1, 0]]), torch.tensor([1.0, 0])
+    full = largest_difference(recon[:, 0], targets[:, 0]).mean()
+    for weights in both:
+        found = nested_loss(recon, targets, largest_difference, weights)
+        assert torch.allclose(found, full, rtol=1e-5)
+    for distance in (F.mse_loss, torch.sub):
+        with pytest.raises(AssertionError, match="one number per image"):
+            nested_loss(recon, targets, distance)
 
 
 def overfit(model, lr, steps, loss_of):
@@ -1018,12 +1037,46 @@ def test_odd_images_are_read_upright_and_as_rgb(tmp_path):
             assert (found - torch.tensor([(255, 0, 0), lower])).abs().max() <= 2, file
 
 
-@pytest.mark.parametrize("mode", ["I;16", "I", "F"])
-def test_pictures_of_16_bits_and_of_floats_are_refused_by_name(mode, tmp_path):
-    """Pillow cuts them to white or black in silence."""
-    Image.new(mode, (20, 20), 9).save(tmp_path / "deep.tif")
-    with pytest.raises(UserError, match=r"deep\.tif.*convert it to 8 bits"):
-        decode_image(tmp_path / "deep.tif", S)
+ORANGE, ON_WHITE, GREY = (200, 60, 30), (227, 157, 142), (98, 98, 98)
+MODES = [                               # mode, the formats that hold it, how a viewer shows it
+    ("1", "png tiff", (255, 255, 255)), ("L", "png tiff jpeg", GREY),
+    ("P", "png tiff gif", ORANGE), ("RGB", "png tiff webp jpeg", ORANGE), ("RGBX", "", ORANGE), ("CMYK", "tiff jpeg", ORANGE),
+    ("YCbCr", "tiff", ORANGE), ("LAB", "tiff", ORANGE), ("HSV", "", ORANGE),
+    ("LA", "png tiff", (176, 176, 176)), ("PA", "tiff", ON_WHITE),
+    ("RGBA", "png tiff webp", ON_WHITE),
+    ("I", "tiff", None), ("I;16", "png tiff", None), ("I;16B", "tiff", None), ("I;16L", "", None),
+    ("I;16N", "", None), ("F", "tiff", None)]
+
+
+@pytest.mark.parametrize("mode, formats, shown", MODES)
+def test_pictures_of_all_modes_are_read_right_or_refused(mode, formats, shown, tmp_path):
+    """Orange, half transparent where the mode has alpha. None: refused by the file's name, because
+    Pillow would cut it to white or black in silence."""
+    picture = Image.new("RGB", (20, 20), ORANGE)
+    if mode == "LAB":
+        profiles = [ImageCms.createProfile(name) for name in ("sRGB", "LAB")]
+        picture = ImageCms.profileToProfile(picture, *profiles, outputMode="LAB")
+    elif mode == "1" or shown is None:
+        picture = Image.new(mode, (20, 20), 1 if mode == "1" else 200)
+    else:
+        picture = picture.quantize(4) if mode in ("P", "PA") else picture
+        picture = picture.convert(mode)
+        if mode in ("LA", "PA", "RGBA"):
+            picture.putalpha(128)
+
+    def read(how, name):
+        if shown is None:
+            with pytest.raises((UserError, ValueError), match=f"{name}.*convert it to 8 bits"):
+                how()
+        else:
+            assert np.abs(np.array(how()).astype(int) - shown).max() <= 3, name
+    read(lambda: upright_rgb(picture), "")
+    for kind in formats.split():
+        file = tmp_path / f"file.{kind}"
+        picture.save(file, **dict(lossless=True) if kind == "webp" else {})
+        with Image.open(file) as image:
+            assert image.mode == mode
+        read(lambda: decode_image(file, S), file.name)
 
 
 def cells(picture, head=20):
@@ -1174,6 +1227,15 @@ def test_classes_are_found_by_name_part_number_or_piece(word, found):
         assert find_class(word, names) == found
     else:
         with pytest.raises(UserError, match=re.escape(found)):
+            find_class(word, names)
+
+
+def test_numbered_folders_are_found_by_their_own_number():
+    """Of folders 01 .. 12, 1 was the second one, and 0 the first."""
+    names = [f"{number:02d}" for number in range(1, 13)]
+    assert [find_class(word, names) for word in ("01", "1", "10", "12")] == [0, 0, 9, 11]
+    for word in ("0", "13", "1x"):
+        with pytest.raises(UserError, match=f"'{word}' names 0 of 12 classes"):
             find_class(word, names)
 
 
@@ -1337,25 +1399,26 @@ def judged(trained, tmp_path_factory):
     """The tiny run with a classifier of its 16 px shapes, trained for a few seconds."""
     out = shutil.copytree(trained, tmp_path_factory.mktemp("judged") / "out")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_classifier, "__defaults__", (150, 64))
+        patch.setattr(train_classifier, "__defaults__", (False, 150, 64))
         load_judge(out)
     return out
 
 
 def load_judge(out):
     train, val = Shapes("train", S), Shapes("val", S)
-    return load_classifier(out / "classifier.pt", JUDGE, "shapes", (train, val), S, Job("cpu"))
+    own = out / "classifier.pt"
+    return load_classifier(None, own, JUDGE, "shapes", (train, val), S, Job("cpu"))
 
 
 def test_judge_of_other_data_is_refused(judged):
     """Its classes may have the same names. A folder that was moved is not other data."""
     data = Shapes("train", S), Shapes("val", S)
-    saved = read_saved(judged / "classifier.pt")
+    saved, moved = read_saved(judged / "classifier.pt"), judged / "moved.pt"
     for name in ("/old/place/shapes", "shapes"):
-        torch.save(saved | dict(data=name), judged / "moved.pt")
-        load_classifier(judged / "moved.pt", JUDGE, "/new/place/shapes", data, S, Job("cpu"))
+        torch.save(saved | dict(data=name), moved)
+        load_classifier(moved, None, JUDGE, "/new/place/shapes", data, S, Job("cpu"))
     with pytest.raises(UserError, match="is of data shapes, not other"):
-        load_classifier(judged / "moved.pt", JUDGE, "/new/place/other", data, S, Job("cpu"))
+        load_classifier(moved, None, JUDGE, "/new/place/other", data, S, Job("cpu"))
 
 
 def last_record(out):
@@ -1532,7 +1595,7 @@ def distance_of_few(a, b):
     return (means + A.square().sum() + B.square().sum() - 2 * cross).item()
 
 
-def test_compare_with_inception_gives_adms_numbers(inception, tmp_path):
+def test_compare_with_inception_gives_adms_numbers(inception, tmp_path, capsys):
     images = pictures(3, 9, 32, 32).permute(0, 2, 3, 1).numpy()
     np.savez(tmp_path / "a.npz", arr_0=images[:5])
     np.savez(tmp_path / "b.npz", arr_0=images[4:])
@@ -1546,6 +1609,13 @@ def test_compare_with_inception_gives_adms_numbers(inception, tmp_path):
         assert row[name] == pytest.approx(expected, rel=1e-4)
     assert row["IS"] == pytest.approx(inception_score(a[2])[0], rel=1e-5)
     assert (row["precision"], row["recall"]) == precision_recall(b[0], a[0])
+
+    # Images of another size are measured, with a word: their sharpness alone makes a distance.
+    assert "samples are" not in capsys.readouterr().out
+    np.savez(tmp_path / "large.npz", arr_0=images[4:].repeat(2, 1).repeat(2, 2))
+    call(evaluate, tmp_path, f"compare {tmp_path / 'a.npz'} {tmp_path / 'large.npz'} "
+                             f"--inception {inception[0]}")
+    assert "samples are 32 x 32 px and the reference 64 x 64 px" in capsys.readouterr().out
 
 
 def broken_npz(folder):
@@ -1854,6 +1924,29 @@ def test_each_class_keeps_an_image_for_training(tmp_path):
     assert (len(train), len(val), len(train.class_names)) == (380, 20, 400)
 
 
+@pytest.mark.parametrize("train, val", [("Train", "Test"), ("training", "testing"),
+                                        ("train", "eval"), ("TRAIN", "dev"), ("Training", "Val")])
+def test_parts_have_many_names(train, val, tmp_path):
+    """Train and Test became the two classes, and the test images were trained on."""
+    for part in (train, val):
+        for name in ("cat", "dog"):
+            write_images(tmp_path / part / name, 10)
+    train_set, val_set = open_folder(tmp_path, S, 1)
+    assert train_set.class_names == val_set.class_names == ["cat", "dog"]
+    assert {Path(file).relative_to(tmp_path).parts[0] for file in val_set.files} == {val}
+
+
+@pytest.mark.parametrize("outer", [["flowers"], ["first", "second"]])
+def test_folders_that_hold_the_classes_are_no_classes(outer, tmp_path):
+    """An archive in a folder of its own name was one class, parts of unknown names were two."""
+    for name in outer:
+        for inner in ("rose", "tulip"):
+            write_images(tmp_path / name / inner, 4)
+    with pytest.raises(UserError, match="which hold the same ones, rose, tulip"):
+        open_folder(tmp_path, S, 1)
+    assert open_folder(tmp_path / outer[0], S, 1)[0].class_names == ["rose", "tulip"]
+
+
 def test_train_beside_other_folders_is_a_class(tmp_path):
     """The classes are vehicles. If "train" is taken for a split, buses and cars are left out."""
     for name in ("bus", "car", "train"):
@@ -1999,6 +2092,14 @@ def test_config_refuses_sizes_that_do_not_fit(config_class):
         config_class(width=32, heads=5)
 
 
+@torch.no_grad()
+def test_tokenizer_takes_a_width_that_four_does_not_divide():
+    """A quarter of the width are sines of y. Widths of 30 or 34 ended in a traceback."""
+    model = tiny_tokenizer(width=30, heads=2)
+    assert model(noise_images(2), torch.tensor([[N], [N]]))[0].shape == (2, 1, 3, S, S)
+    assert torch.equal(sine_positions(4, 30)[:, :28], sine_positions(4, 28))
+
+
 # -------------------------------------------------------------------------------------------------
 # train_tokenizer.py and train_gpt.py: a whole run
 
@@ -2054,13 +2155,13 @@ def test_finetuned_decoder_keeps_the_codes(trained, tmp_path):
 
 
 def test_perceptual_loss_takes_a_classifier_of_the_data(tmp_path, capsys, monkeypatch):
-    """--perceptual-net FILE: the classifier is trained once, then read. It cannot be the judge."""
-    monkeypatch.setattr(train_classifier, "__defaults__", (2, 8))
-    net = tmp_path / "net.pt"
-    flags = f"--perceptual 0.5 --perceptual-net {net} --perceptual-start 1 --log-every 1"
+    """Trained once, then read by other runs. It cannot be the judge, nor have a mistyped name."""
+    monkeypatch.setattr(train_classifier, "__defaults__", (False, 2, 8))
+    net = tmp_path / "a" / "perceptual.pt"
+    flags = "--perceptual 0.5 --perceptual-start 1 --log-every 1 --perceptual-net "
     logs = []
-    for out in ("a", "b"):
-        call(train_tokenizer, tmp_path / out, flags)
+    for out, name in (("a", "classifier"), ("b", net)):
+        call(train_tokenizer, tmp_path / out, flags + str(name))
         assert ("training a classifier" in capsys.readouterr().out) == (out == "a")
         logs.append(read_log(tmp_path / out / "log-tokenizer.jsonl"))
     assert ["perceptual" in record for record in logs[0]] == [False] + [True] * 5
@@ -2070,6 +2171,9 @@ def test_perceptual_loss_takes_a_classifier_of_the_data(tmp_path, capsys, monkey
     call(train_gpt, tmp_path / "a")
     line = error_of(capsys, evaluate, tmp_path / "a", f"generation --num 20 --classifier {net}")
     assert "is of widths" in line
+    for name in ("VGG", tmp_path / "no.pt"):
+        line = error_of(capsys, train_tokenizer, tmp_path / "c", flags + str(name))
+        assert f"{name} does not exist" in line
 
 
 # -------------------------------------------------------------------------------------------------
@@ -2484,6 +2588,160 @@ def test_run_keeps_to_its_data_wherever_they_lie(classes, tmp_path, capsys):
 
 
 # =================================================================================================
+# all scripts: on a device that this machine lacks
+
+class Far(torch.Tensor):
+    """A tensor that says it lies on another device, "far". Its numbers, `near`, are on the CPU."""
+
+    @staticmethod
+    def __new__(cls, near):
+        far = torch.Tensor._make_wrapper_subclass(
+            cls, near.size(), strides=near.stride(), storage_offset=near.storage_offset(),
+            dtype=near.dtype, device="far:0")
+        far.near = near
+        return far
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        raise AssertionError("a tensor left the pretended device's mode")
+
+
+class FarDevice(TorchDispatchMode):
+    """Computes on the CPU, refuses what Apple's GPUs cannot do or would be a mistake on any, and
+    collects in `waits` each operation that makes the CPU wait for the device."""
+
+    def __init__(self):
+        super().__init__()
+        self.waits = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        name = function._schema.name.removeprefix("aten::")
+        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        is_far = [isinstance(x, Far) for x in tensors]
+        copies = name in ("_to_copy", "copy_")
+        # A number, as a tensor without dimensions, may come from the CPU.
+        mixed = any(is_far) and any(x.dim() and not far for x, far in zip(tensors, is_far))
+        assert copies or not mixed, f"{name} mixes devices"
+
+        to_far = any(is_far)
+        if kwargs.get("device") is not None:
+            to_far = torch.device(kwargs["device"]).type == "far"
+            kwargs["device"] = torch.device("cpu")
+        elif copies and name == "copy_":
+            to_far = is_far[0]
+        comes_back = any(is_far) and (not to_far or name == "_local_scalar_dense")
+        blocks = to_far and not any(is_far) and copies and not kwargs.get("non_blocking")
+        if comes_back or blocks or to_far and name in ("bincount", "nonzero", "_unique2"):
+            self.waits.append(name)
+
+        def near(x):
+            return x.near if isinstance(x, Far) else x
+
+        def far(x):
+            if not isinstance(x, torch.Tensor) or not to_far:
+                return x
+            assert x.dtype != torch.float64, f"{name} makes float64 on the device"
+            return Far(x)
+        result = function(*tree_map(near, args), **tree_map(near, kwargs))
+        in_place = function._schema.is_mutable and name.endswith("_") and tensors[0] is args[0]
+        return args[0] if in_place else tree_map(far, result)
+
+
+class FarNumbers(TorchFunctionMode):
+    """The few functions of PyTorch that a FarDevice cannot see."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function in (torch.tensor, torch.as_tensor) and "device" in kwargs:
+            device = kwargs["device"]
+            rest = {name: value for name, value in kwargs.items() if name != "device"}
+            return function(*args, **rest).to(device, non_blocking=True)
+        if function is torch.Tensor.tolist and isinstance(args[0], Far):
+            return args[0].cpu().tolist()
+        return function(*args, **kwargs)
+
+
+def steps_and_measures(device, out, waits):
+    """Three steps of each script, samples and all evaluations on a device -> numbers to compare.
+    waits: what the steps after the first made the CPU wait for is left there."""
+    job = Job(device)
+    flags = shlex.split(f"--device {device} --out {out} --gan 0.1 {FLAGS[train_tokenizer]}")
+    args = train_tokenizer.parse_args(flags)
+    parts = train_tokenizer.build_tokenizer_parts(args, job)
+    train, val = Shapes("train", S), Shapes("val", S)
+    train.size = val.size = 48
+    judge = Classifier(10, S, (8, 8, 8)).to(device)
+    batches = train_tokenizer.image_batches(train, args, job, 0)
+    for step in range(3):
+        batch = next(batches)
+        del waits[:step and len(waits)]
+        terms = train_tokenizer.training_step(step, batch, parts, parts, judge.distance, args, job)
+    seen = list(waits)
+    numbers = [value.item() for value in terms.values()]
+    record = train_tokenizer.evaluate_tokenizer(parts["ema"], val, args, job)
+    numbers += record["psnr_image"].values()
+
+    flags = shlex.split(f"--device {device} --out {out} {FLAGS[train_gpt]}")
+    args = train_gpt.parse_args(flags)
+    tokenizer, judge = parts["ema"], judge.eval()
+    parts = train_gpt.build_generator_parts(tokenizer.config, 10, args, job)
+    codes = train_gpt.encode_data("train", tokenizer, train, None, "flip", args, job)
+    batches = train_gpt.code_batches(codes, 10, args, job, 0)
+    for step in range(3):
+        batch = next(batches)
+        del waits[:step and len(waits)]
+        terms = train_gpt.generator_step(step, batch, parts, parts["model"], args, job)
+    waits[:] = seen + waits
+    seen = list(waits)
+    numbers += [value.item() for value in terms.values()]
+    numbers.append(train_gpt.evaluate_generator(parts["ema"], codes, job)["bits"])
+
+    args = evaluate.parse_args(shlex.split(f"truncation --num 40 --device {device} --out {out}"))
+    gpt = randomized(parts["ema"])
+    rows = evaluate.measure_reconstructions(tokenizer, judge, val, [2, N], args, job)
+    rows += evaluate.measure_generation(gpt, tokenizer, judge, train, [2, N], args, job)
+    numbers += [value for row in rows for value in row.values() if value is not None]
+    evaluate.draw_levels(out / "levels.png", tokenizer, val, [2, N], job)
+    numbers.append(evaluate.correlate_tokens(tokenizer, val, 40, job)["vectors"][1].sum().item())
+    sample_script.draw_class_samples(out / "samples.png", gpt, tokenizer, SHAPES, 2.0)
+    waits[:] = seen
+    return numbers
+
+
+@pytest.mark.skipif(not hasattr(torch, "far"), reason="this PyTorch cannot pretend a device")
+def test_nothing_needs_float64_or_makes_a_step_wait_on_a_device(tmp_path, monkeypatch):
+    """Apple's GPUs have no float64, and a GPU that a step waits for stands idle. The same numbers
+    as on the CPU show that the pretended device computes what it should."""
+    expected = steps_and_measures("cpu", tmp_path, [])
+    monkeypatch.setattr(torch.__future__, "get_swap_module_params_on_conversion", lambda: True)
+    device = FarDevice()
+    (tmp_path / "far").mkdir()
+    with FarNumbers(), device:
+        found = steps_and_measures("far", tmp_path / "far", device.waits)
+    assert found == pytest.approx(expected, rel=1e-3, abs=1e-4)
+    assert device.waits == []
+
+
+def test_blocks_and_gpt_compile_without_a_graph_break():
+    """Also where the length of the sequence changes, as under the cache."""
+    torch._dynamo.reset()
+    model, codes, labels = tiny_gpt(), some_codes(2), torch.arange(2)
+    logits = torch.compile(model.logits, fullgraph=True, backend="eager")
+    block = torch.compile(tiny_tokenizer().encoder[0], fullgraph=True, backend="eager")
+    with torch.no_grad():
+        x, modulations = model.embed(codes[:, :-1], labels), model.modulations(labels)
+        caches = model.new_caches(2, torch.float32)
+        found = [logits(x[:, :2], modulations, caches, 0)]
+        found += [logits(x[:, t:t + 1], modulations, caches, t) for t in range(2, N)]
+        assert torch.allclose(torch.cat(found, 1), model(codes, labels), atol=1e-5)
+    for length in (5, 9):                                   # with gradients
+        x = noise(2, length, D).requires_grad_()
+        block(x, causal_mask(length)).sum().backward()
+        assert x.grad.abs().sum() > 0
+
+
+# =================================================================================================
 # all scripts: what a user may do wrong
 
 @pytest.fixture(scope="module")
@@ -2512,6 +2770,8 @@ def bad_files(trained, tmp_path_factory):
     (train_tokenizer, "--batch-size 7 --micro-batch 2", "--batch-size 7 is not a multiple of"),
     (train_tokenizer, "--resume", "tokenizer.pt does not exist"),
     (train_tokenizer, "--finetune-decoder {bad}/absent.pt", "absent.pt does not exist"),
+    (train_tokenizer, "--finetune-decoder {trained}/tokenizer.pt --width 64",
+     "tokenizer.pt has width 32, not 64: leave out this flag"),
     (train_gpt, "", "tokenizer.pt does not exist"),
     (train_gpt, "--out {bad}/broken-tokenizer.pt", "tokenizer.pt is not a whole checkpoint"),
     (train_gpt, "--out {trained} --overwrite --views ten-crop",
@@ -2520,6 +2780,8 @@ def bad_files(trained, tmp_path_factory):
     (sample_script, "--out {bad}/broken-gpt.pt", "gpt.pt is not a whole checkpoint"),
     (sample_script, "--out {trained} --tokenizer {bad}/other.pt", "makes codes"),
     (sample_script, "--out {trained} --classes rings", "'rings' names 0 of 10 classes, not one: 0"),
+    (sample_script, "--out {trained} --top-p 0", "top_p 0.0 above 0 and at most 1"),
+    (sample_script, "--out {trained} --keep 2", "--keep is of --upscale"),
     (sample_script, "--out {trained} --tokens 7", "--tokens is 7, and there are 1 .. 6 tokens"),
     (sample_script, "--out {trained} --upscale {image} --keep 7", "--keep is 7"),
     (sample_script, "--out {trained} --upscale {bad}/other.pt", "cannot decode {bad}/other.pt"),

@@ -57,8 +57,7 @@ class GeneratorSettings(TrainingSettings):
 
 def parse_args(argv=None):
     parser, preset = training_parser(__doc__, argv)
-    add_settings(parser, "model", GPTConfig, preset["gpt"],
-                 without=("num_classes", "num_tokens", "codebook_size"))
+    add_settings(parser, "model", GPTConfig, preset["gpt"])
     add_settings(parser, "training", GeneratorSettings, preset["gpt"])
     parser.add_argument("--views", choices=VIEWS, default=preset["gpt"].get("views", "flip"),
                         help="of each training image. centre: ADM's crop; flip: also its mirror "
@@ -75,8 +74,8 @@ def generator_step(step, batch, parts, wrapped, args, job):
     passes = len(batch)
     terms = {}
     for micro, (codes, labels) in enumerate(batch):
-        codes = codes.to(job.device)
-        labels = labels.to(job.device)
+        codes = codes.to(job.device, non_blocking=True)
+        labels = labels.to(job.device, non_blocking=True)
         last = micro == passes - 1
 
         # Gradients of all passes add up. Divided by their number, they are those of the batch.

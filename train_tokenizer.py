@@ -19,7 +19,7 @@ import time
 from collections import defaultdict, deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from itertools import count
 
 from spectralar import (Block, Help, SpectralTokenizer, TokenizerConfig, UserError, add_settings,
@@ -63,7 +63,7 @@ class TokenizerSettings:
     perceptual_start: int = setting(0, "step at which the perceptual loss begins")
     perceptual_net: str = setting("vgg", "vgg: LPIPS, downloaded; classifier: a small network, "
                                   "trained on the data set, kept as perceptual.pt in --out; or "
-                                  "the file of such a network")
+                                  "such a file of another run")
     gan: float = setting(0.0, "weight of the adversarial loss, at the full level; 0 = none")
     gan_start: int = setting(0, "step at which the adversarial loss begins")
     eval_images: int = setting(512, "held-out images per evaluation")
@@ -96,7 +96,12 @@ def parse_args(argv=None):
     parser.add_argument("--finetune-decoder", metavar="FILE",
                         help="train only the decoder of this tokenizer.pt, at the full level; its "
                              "codes, and any generator of them, stay as they are")
-    return parse_training_flags(parser, argv, "tokenizer")
+    args = parse_training_flags(parser, argv, "tokenizer")
+    if args.finetune_decoder:
+        # The file decides the sizes of the model, so their flags have no defaults.
+        parser.set_defaults(**{f.name: None for f in fields(TokenizerConfig)})
+        args = parse_flags(parser, argv)
+    return args
 
 
 # ---- one training step --------------------------------------------------------------------------
@@ -129,7 +134,7 @@ def training_step(step, batch, parts, wrapped, perceptual, args, job):
     for micro, (rows, images) in enumerate(batch):
         images = images.to(job.device, non_blocking=True)
         images = to_float(images)
-        its_levels = levels[rows].to(job.device)
+        its_levels = levels[rows].to(job.device, non_blocking=True)
         last = micro == passes - 1
 
         # The discriminator is frozen here, because this pass trains the tokenizer only.
@@ -269,6 +274,10 @@ def build_tokenizer_parts(args, job):
     torch.manual_seed(random_streams("tokenizer weights", args.seed, 0).item())
     if args.finetune_decoder:
         model = load_tokenizer(args.finetune_decoder, job.device).train()
+        for name, value in asdict(model.config).items():
+            if getattr(args, name) not in (None, value):
+                raise UserError(f"{args.finetune_decoder} has {name} {value}, not "
+                                f"{getattr(args, name)}: leave out this flag")
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name.split(".")[0] in model.decoder_parts)
     else:
@@ -309,7 +318,7 @@ def evaluate_tokenizer(model, data, args, job):
     rank = effective_rank(model.quantizer.vectors(codes.unique()))
     print("  tokens  window  PSNR to sub-image  to image")
     for level, (to_sub_image, to_image) in means.items():
-        print(f"  {level:6d}  {model.edges[level - 1]:6d}  {to_sub_image:14.2f} dB  "
+        print(f"  {level:6d}  {model.edges[level - 1].item():6d}  {to_sub_image:14.2f} dB  "
               f"{to_image:5.2f} dB")
     print(f"  codebook: {used:.1%} used, perplexity {perplexity:.0f}, effective rank {rank:.1f} "
           f"of {config.code_dim}; perplexity by position: " +
@@ -431,8 +440,7 @@ def wrap_model(model, args, job):
             if isinstance(module, Block):
                 module.compile()
     if job.ranks > 1:
-        # Buffers need no broadcast, because every process computes the same ones.
-        model = DistributedDataParallel(model, broadcast_buffers=False)
+        model = DistributedDataParallel(model)
     return model
 
 
@@ -448,13 +456,14 @@ def make_optimizers(model, args, job):
     an AdamW, trains all else. Only the matrices of Linear layers decay: no biases, norms,
     embeddings, codebook."""
     linear = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)}
+    in_blocks = {id(layer.weight) for block in model.modules() if isinstance(block, Block)
+                 for layer in block.modules()
+                 if isinstance(layer, nn.Linear) and layer is not block.modulation}
     hidden = {}                          # by shape, because Muon treats equal shapes together
     decayed = []
     others = []
-    for name, p in model.named_parameters():
-        if not p.requires_grad:
-            continue
-        if args.muon and id(p) in linear and (".attn." in name or ".mlp." in name):
+    for p in filter(lambda p: p.requires_grad, model.parameters()):
+        if args.muon and id(p) in in_blocks:
             hidden.setdefault(p.shape, []).append(p)
         elif id(p) in linear:
             decayed.append(p)
@@ -540,8 +549,8 @@ def lr_at(step, args):
 def update_ema(ema, model, decay, step):
     """ema <- decay ema + (1 - decay) model, buffers too. Early on it forgets the first weights."""
     decay = min(decay, (1 + step) / (10 + step))
-    for averaged, current in zip(ema.state_dict().values(), model.state_dict().values()):
-        averaged.lerp_(current, 1 - decay)
+    averaged, current = list(ema.state_dict().values()), list(model.state_dict().values())
+    torch._foreach_lerp_(averaged, current, 1 - decay)           # all tensors in one call
 
 
 # ---- checkpoint and log -------------------------------------------------------------------------
@@ -637,7 +646,8 @@ class Log:
 
     def report(self, step):
         """A line of means over the steps since the last one and over all processes."""
-        means = torch.stack([sum(values) / len(values) for values in self.terms.values()]).double()
+        means = torch.stack([sum(values) / len(values) for values in self.terms.values()])
+        means = means.cpu().double()
         all_sum(means)
         terms = dict(zip(self.terms, (means / self.job.ranks).tolist()))
         for name, value in terms.items():
