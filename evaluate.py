@@ -136,8 +136,7 @@ def compare_sets(samples, reference, args, job):
     if min(samples.count or 2048, reference.count or 2048) < 2048:
         print("warning: the Frechet distance of fewer than 2,048 images is biased")
     if samples.size != reference.size and samples.size and reference.size:
-        print(f"warning: samples are {samples.size} px and the reference {reference.size} px: "
-              f"sharpness alone makes them differ")
+        print(f"warning: samples are {samples.size} px, the reference {reference.size} px")
     result = {distance_name(args): frechet_distance(*samples.moments, *reference.moments)}
     if samples.spatial is not None and reference.spatial is not None:
         result["sFID"] = frechet_distance(*samples.spatial, *reference.spatial)
@@ -588,8 +587,7 @@ def measure_path(path, num, network, args, job):
                             f"(n, H, W, 3): convert it")
         images = InMemory(torch.from_numpy(pixels).permute(0, 3, 1, 2), torch.zeros(len(pixels)))
 
-    features = SimpleNamespace(count=None, size=None, moments=None, spatial=None, pool=None,
-                               logits=None)
+    features = SimpleNamespace(**dict.fromkeys("count size moments spatial pool logits".split()))
     if images is not None:
         chosen = pick_images(len(images), num)
         features = measure_images(images, chosen, network, args, job)
@@ -914,9 +912,8 @@ def list_classes(folder):
     # If all of them hold the same folders, those are the classes, and these something else.
     inner = set.intersection(*({inside.name for inside in folders_in(place)} for place in places))
     if len(inner) > 1:
-        raise UserError(f"{folder}: {len(places)} folders, {places[0].name} .., which hold the "
-                        f"same ones, {', '.join(sorted(inner)[:3])} ..: name one of them, or call "
-                        f"them train and val")
+        raise UserError(f"{folder}: all its folders hold {', '.join(sorted(inner)[:3])} ..: name "
+                        f"one of them, {places[0].name} .., or call them train and val")
     return {place.name: images_below(place) for place in places}
 
 

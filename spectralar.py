@@ -522,9 +522,8 @@ def nested_loss(recon, targets, distance=squared_error, weights=None):
     weights: of each image's levels, (B, G) or (G,); None = all 1."""
     B, G = recon.shape[:2]
     distances = [distance(recon[:, g], targets[:, g]) for g in range(G)]
-    # Stacking alone would accept one number per level, and lose the images' weights.
-    assert all(d.shape == (B,) for d in distances), "distance must return one number per image"
-    distances = torch.stack(distances, 1)                        # (B, G)
+    # A distance that is not one number per image ends in an error here, not in a wrong loss.
+    distances = torch.stack(distances, 1).view(B, G)
     if weights is not None:
         distances = distances * weights
     return distances.mean(0).sum()
@@ -552,13 +551,11 @@ class Sampling:
                               "does not; 1 = none, 0 = unconditional")
     temperature: float = setting(1.0, "of the logits; 0 = the likeliest code")
     top_k: int = setting(0, "sample among the k likeliest codes; 0 = all")
-    top_p: float = setting(1.0, "sample among the likeliest codes that reach this probability "
-                                "together")
+    top_p: float = setting(1.0, "sample among the likeliest codes that together reach this")
 
     def __post_init__(self):
         if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
-            raise UserError(f"temperature {self.temperature} and top_k {self.top_k} must be at "
-                            f"least 0, top_p {self.top_p} above 0 and at most 1: correct them")
+            raise UserError(f"{self}: temperature and top_k must be at least 0, top_p in (0, 1]")
 
 
 class GPT(nn.Module):
@@ -616,20 +613,16 @@ class GPT(nn.Module):
         input      [class]  s_1  s_2  ...  s_(N-1)
         target     s_1      s_2  s_3  ...  s_N
         """
-        if start > 0:
-            x = self.code_embed(codes[:, start - 1:])
-        else:
-            x = torch.cat([self.class_embed(labels)[:, None], self.code_embed(codes)], 1)
+        x = self.code_embed(codes[:, max(start - 1, 0):])
+        if start == 0:
+            x = torch.cat([self.class_embed(labels)[:, None], x], 1)
         return x + self.pos[start:start + x.shape[1]]
 
     def logits(self, x, modulations, caches=None, start=0):
         """Input x (B, T, D) of positions start .. start+T-1 -> logits (B, T, K) of the targets."""
-        # A single position may see all positions before it: it needs no mask. (An if, because
-        # torch.compile has no true bool for a comparison of shapes.)
-        causal = False
-        if x.shape[1] > 1:
-            assert start == 0
-            causal = True
+        # A single position may see all positions before it: it needs no mask.
+        assert start == 0 or x.shape[1] == 1
+        causal = True if x.shape[1] > 1 else False       # a bool of Python's, for torch.compile
         for i, block in enumerate(self.blocks):
             cache = None if caches is None else caches[i]
             x = block(x, None, causal, modulations[i], cache, start)
@@ -665,31 +658,29 @@ class GPT(nn.Module):
         B, N = len(labels), self.config.num_tokens
         seeds = torch.randint(2 ** 62, (B,)) if seeds is None else torch.as_tensor(seeds)
         uniform = uniforms(seeds.cpu(), N).float().to(labels.device)            # (B, N)
-        first = 0 if prefix is None else prefix.shape[1]
+        prefix = labels.new_zeros(B, 0) if prefix is None else prefix           # (B, k)
 
         # Guidance needs two predictions. The second half of the batch runs without the class.
-        guided = cfg != 1
-        if guided:
+        halves = 1 if cfg == 1 else 2
+        if halves == 2:
             labels = torch.cat([labels, torch.full_like(labels, self.config.num_classes)])
-        codes = labels.new_zeros(len(labels), N)                                # (rows, N)
-        if prefix is not None:
-            codes[:, :first] = prefix.repeat(len(labels) // B, 1)
+        codes = F.pad(prefix.repeat(halves, 1), (0, N - prefix.shape[1]))
         modulations = self.modulations(labels)
         # Keys and values have the dtype that autocast gives to every Linear layer's output.
         caches = self.new_caches(len(labels), modulations[0][0].dtype)
 
         start = 0                                # positions before this one are in the cache
-        for t in range(first, N if stop is None else stop):
+        for t in range(prefix.shape[1], N if stop is None else stop):
             # The first pass reads the class and the prefix, each later one only the newest code.
-            x = self.embed(codes[:, :t], labels, start)                         # (rows, T, D)
-            logits = self.logits(x, modulations, caches, start)[:, -1].float()  # (rows, K)
+            x = self.embed(codes[:, :t], labels, start)
+            logits = self.logits(x, modulations, caches, start)[:, -1].float()
             start = t + 1
-            if guided:
+            if halves == 2:
                 conditional, unconditional = logits.chunk(2)
-                logits = unconditional + cfg * (conditional - unconditional)
+                logits = unconditional + cfg * (conditional - unconditional)    # (B, K)
             new = sample_from_logits(logits, uniform[:, t], settings.temperature, settings.top_k,
                                      settings.top_p)                            # (B,)
-            codes.view(-1, B, N)[:, :, t] = new              # to both halves
+            codes[:, t] = new.repeat(halves)
         return codes[:B]
 
 
@@ -929,8 +920,7 @@ def base_parser():
         help="where CIFAR's folder lies, or is downloaded to; ImageNet's folder of train and val")
     add("--out", help="folder of the run's files (out/<data>)")
     add("--seed", type=int, default=0, help="of weights, batches and samples")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu",
-        help="cuda, cuda:1, cpu, or mps (Apple)")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda, cpu, mps")
     add("--dtype", choices=("auto", "bfloat16", "float32"), default="auto",
         help="of matrix products; auto: bfloat16 on CUDA and on CPUs with AMX, else float32")
     add("--workers", type=int, default=min(8, os.cpu_count() or 1),

@@ -646,8 +646,7 @@ class Log:
 
     def report(self, step):
         """A line of means over the steps since the last one and over all processes."""
-        means = torch.stack([sum(values) / len(values) for values in self.terms.values()])
-        means = means.cpu().double()
+        means = torch.stack([sum(v) / len(v) for v in self.terms.values()]).cpu().double()
         all_sum(means)
         terms = dict(zip(self.terms, (means / self.job.ranks).tolist()))
         for name, value in terms.items():
