@@ -906,15 +906,18 @@ def folders_in(folder):
 
 def list_classes(folder):
     """{class name: files}: sub-folders are classes; images alone are one class."""
-    places = folders_in(folder)
-    if not places:
+    classes = {place.name: images_below(place) for place in folders_in(folder)}
+    if not classes:
         return {ALONE: images_below(folder)}
-    # If all of them hold the same folders, those are the classes, and these something else.
-    inner = set.intersection(*({inside.name for inside in folders_in(place)} for place in places))
+    # If all of them hold images in the same folders, those may be the classes.
+    inner = set.intersection(*({os.path.dirname(file)[len(str(folder / name)) + 1:]
+                                for file in files} for name, files in classes.items())) - {""}
     if len(inner) > 1:
-        raise UserError(f"{folder}: all its folders hold {', '.join(sorted(inner)[:3])} ..: name "
-                        f"one of them, {places[0].name} .., or call them train and val")
-    return {place.name: images_below(place) for place in places}
+        about = f"{', '.join([*classes][:3])} in {folder} all hold {', '.join(sorted(inner)[:3])}"
+        if len(classes) > 1:
+            raise UserError(f"{about}: name one of them, or call them train and val")
+        print(f"warning: {about} .., which become one class: --data {folder / min(classes)}?")
+    return classes
 
 
 def images_below(folder):

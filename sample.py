@@ -285,10 +285,9 @@ def find_class(word, names):
     # Folders 0 .. 9 and 01 .. 12: there 7 means the folder of that name, never the eighth one.
     numbered = all(name.isdecimal() for name in names)
     numbers = [int(name) for name in names] if numbered else range(len(names))
-    number = int(word) if word.isdecimal() else None
     meanings = ([c for c, name in enumerate(names) if name == word],
                 [c for c, its_parts in enumerate(parts) if lower in its_parts],
-                [c for c in range(len(names)) if numbers[c] == number],
+                [c for c in range(len(names)) if str(numbers[c]) == word],
                 [c for c, name in enumerate(names) if lower in name.lower() and not numbered])
     found = next(filter(None, meanings), [])
     if len(found) == 1:

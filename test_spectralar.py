@@ -1936,15 +1936,20 @@ def test_parts_have_many_names(train, val, tmp_path):
     assert {Path(file).relative_to(tmp_path).parts[0] for file in val_set.files} == {val}
 
 
-@pytest.mark.parametrize("outer", [["flowers"], ["first", "second"]])
-def test_folders_that_hold_the_classes_are_no_classes(outer, tmp_path):
-    """An archive in a folder of its own name was one class, parts of unknown names were two."""
-    for name in outer:
-        for inner in ("rose", "tulip"):
-            write_images(tmp_path / name / inner, 4)
-    with pytest.raises(UserError, match="all its folders hold rose, tulip"):
-        open_folder(tmp_path, S, 1)
-    assert open_folder(tmp_path / outer[0], S, 1)[0].class_names == ["rose", "tulip"]
+@pytest.mark.parametrize("inner", ["", "data"])
+def test_folders_that_hold_the_classes_are_told(inner, tmp_path, capsys):
+    """Parts of unknown names became two classes, an archive's folder of its own name became one.
+    But a single class may lie in many folders, so that is a warning."""
+    for name in ("rose", "tulip"):
+        write_images(tmp_path / "one" / "flowers" / inner / name, 4)
+        write_images(tmp_path / "two" / "first" / inner / name, 4)
+        write_images(tmp_path / "two" / "second" / inner / name, 4)
+    with pytest.raises(UserError, match="first, second in .* all hold .*rose, .*tulip: name one"):
+        open_folder(tmp_path / "two", S, 1)
+    assert open_folder(tmp_path / "one", S, 1)[0].class_names == ["flowers"]
+    place = tmp_path / "one" / "flowers"
+    assert f"which become one class: --data {place}?" in capsys.readouterr().out
+    assert open_folder(place / inner, S, 1)[0].class_names == ["rose", "tulip"]
 
 
 def test_train_beside_other_folders_is_a_class(tmp_path):

@@ -549,8 +549,7 @@ def lr_at(step, args):
 def update_ema(ema, model, decay, step):
     """ema <- decay ema + (1 - decay) model, buffers too. Early on it forgets the first weights."""
     decay = min(decay, (1 + step) / (10 + step))
-    averaged, current = list(ema.state_dict().values()), list(model.state_dict().values())
-    torch._foreach_lerp_(averaged, current, 1 - decay)           # all tensors in one call
+    torch._foreach_lerp_([*ema.state_dict().values()], [*model.state_dict().values()], 1 - decay)
 
 
 # ---- checkpoint and log -------------------------------------------------------------------------
