@@ -19,13 +19,14 @@ import sys
 import tarfile
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import fields
 from functools import partial
 from itertools import chain, cycle, repeat
 from pathlib import Path
 from types import SimpleNamespace
 
-from spectralar import (Help, UserError, all_sum, autocast, base_parser, dct2, first_rank_first,
-                        gather, in_window, load_tokenizer, low_pass, parse_flags,
+from spectralar import (Help, Sampling, UserError, all_sum, autocast, base_parser, dct2,
+                        first_rank_first, gather, in_window, load_tokenizer, low_pass, parse_flags,
                         random_streams, read_checkpoint, run_script, save_checkpoint,
                         start_job, to_float, to_uint8, uniforms)
 
@@ -67,10 +68,13 @@ def parse_args(argv=None):
     if args.command == "compare" and len(args.paths) != 2:
         parser.error(f"compare takes two paths, SAMPLES REFERENCE, not {args.paths}")
     # A flag without effect would give a number that means something else.
-    users = dict(paths="compare", tokens="generation", levels="reconstruction, truncation",
-                 tokenizer="generation, truncation, probe", reference="generation, truncation")
+    rebuilt, sampled = "reconstruction, truncation", "generation, truncation"
+    users = dict(paths="compare", tokens="generation", levels=rebuilt, lpips=rebuilt,
+                 reference=sampled, tokenizer="generation, truncation, probe",
+                 **{f.name: sampled for f in fields(Sampling)})
     for name, commands in users.items():
-        if getattr(args, name) and args.command not in commands:
+        is_given = getattr(args, name) not in ([], parser.get_default(name))
+        if is_given and args.command not in commands:
             parser.error(f"{args.command} does not use {name}: it is of {commands}")
     # Defaults that depend on other flags. After this function, args is only read.
     small_images = args.command != "compare" and args.data in ("shapes", *CIFAR)
@@ -864,7 +868,8 @@ def open_folder(root, image_size, workers):
     """(train, val) of a folder. Class names are its folders', in words where ImageNet has some."""
     root = Path(root)
     root = next((root / place for place in KAGGLE if (root / place).is_dir()), root)
-    folders = {place.name.lower(): place for place in folders_in(root)}
+    folders = {name.lower(): root / name for name in visible(os.listdir(root))
+               if (root / name).is_dir()}
     parts = [folders[name] for name in TRAIN if name in folders]
     held_out = [folders[name] for name in HELD_OUT if name in folders]
     # Beside other folders and without a held-out one, "train" is a class, such as of vehicles.
@@ -900,13 +905,10 @@ def visible(names):
     return [name for name in sorted(names) if not name.startswith((".", "__MACOSX"))]
 
 
-def folders_in(folder):
-    return [folder / name for name in visible(os.listdir(folder)) if (folder / name).is_dir()]
-
-
 def list_classes(folder):
     """{class name: files}: sub-folders are classes; images alone are one class."""
-    classes = {place.name: images_below(place) for place in folders_in(folder)}
+    classes = {name: images_below(folder / name) for name in visible(os.listdir(folder))
+               if (folder / name).is_dir()}
     if not classes:
         return {ALONE: images_below(folder)}
     # If all of them hold images in the same folders, those may be the classes.

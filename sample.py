@@ -47,10 +47,7 @@ def parse_args(argv=None):
     add("--npz", metavar="FILE", type=Path,
         help="write images for evaluation, of balanced classes in shuffled order")
     add_sampling_flags(parser)
-    args = parse_flags(parser, argv)
-    if args.keep and not args.upscale:
-        parser.error("--keep is of --upscale")
-    return args
+    return parse_flags(parser, argv)
 
 
 def main(args):

@@ -235,7 +235,7 @@ class Block(nn.Module):
         self.modulation = nn.Linear(width, 6 * width) if conditional else None
 
         # The layers whose output is added to x. GPT.init_weights starts them smaller.
-        self.into_stream = [self.attn.proj, self.mlp[2]]
+        self.into_stream = [self.attn.proj, self.mlp[-1]]
 
     def modulate(self, condition):
         """Condition (B, D) -> six (B, 1, D): shift, scale, gate of attention, then of the MLP."""
@@ -495,8 +495,9 @@ def sample_levels(B, N, full_only=False):
     At level i only the frequencies of window i are compared, so tokens 1 .. i first learn those.
     At level N every token may help with every frequency: the order is encouraged, not forced.
     NOTE: the paper does not say which levels it decodes; here N is always among them, because a
-    random level alone reaches the last token once in N steps. In a published study (NesTok) that
-    left 80 % of the codebook unused; with the full level too, FID fell from 2.46 to 1.93.
+    random level alone reaches the last token once in N steps. In a study of nested tokens, NesTok,
+    that left 80 % of the codebook unused; with the full level too, FID fell from 2.46 to 1.93.
+    (There a prefix is compared with the whole image: it says nothing about sub-images.)
     full_only: level N alone, for flat tokenizers and for finetuning a decoder."""
     full = torch.full((B, 1), N)
     if full_only or N == 1:
@@ -525,7 +526,7 @@ def nested_loss(recon, targets, distance=squared_error, weights=None):
     # A distance that is not one number per image ends in an error here, not in a wrong loss.
     distances = torch.stack(distances, 1).view(B, G)
     if weights is not None:
-        distances = distances * weights
+        distances = distances * weights.expand(B, G)
     return distances.mean(0).sum()
 
 
@@ -689,7 +690,7 @@ def sample_from_logits(logits, uniform, temperature=1.0, top_k=0, top_p=1.0):
 
     In this order: temperature divides the logits (0: the likeliest code); top_k keeps the k
     likeliest codes (0: all); top_p > 0 keeps, of these, the likeliest that together reach it."""
-    if temperature == 0 or top_k == 1:
+    if temperature <= 0 or top_k == 1:
         return logits.argmax(-1)
     logits, order = (logits / temperature).sort(dim=-1, descending=True, stable=True)
     probs = logits.softmax(-1)

@@ -704,6 +704,8 @@ def test_training_levels_and_loss_equal_their_definition():
     for weights in both:
         found = nested_loss(recon, targets, largest_difference, weights)
         assert torch.allclose(found, full, rtol=1e-5)
+    with pytest.raises(RuntimeError):                       # two weights for one level
+        nested_loss(recon[:, :1], targets[:, :1], largest_difference, torch.ones(2))
     for distance in (F.mse_loss, torch.sub):
         with pytest.raises((RuntimeError, IndexError)):
             nested_loss(recon, targets, distance)
@@ -1642,6 +1644,8 @@ def broken_npz(folder):
     ("generation --levels 2", "generation does not use levels"),
     ("reconstruction --tokens 2", "reconstruction does not use tokens"),
     ("reconstruction --tokenizer other.pt", "reconstruction does not use tokenizer"),
+    ("reconstruction --cfg 3", "reconstruction does not use cfg"),
+    ("generation --no-lpips", "generation does not use lpips"),
     ("reconstruction --levels 7", "--levels is 7, and there are 1 .. 6 tokens")])
 def test_evaluate_tells_bad_input_in_one_line(flags, message, judged, tmp_path, capsys,
                                               monkeypatch):
@@ -2787,8 +2791,7 @@ def bad_files(trained, tmp_path_factory):
     (sample_script, "--out {bad}/broken-gpt.pt", "gpt.pt is not a whole checkpoint"),
     (sample_script, "--out {trained} --tokenizer {bad}/other.pt", "makes codes"),
     (sample_script, "--out {trained} --classes rings", "'rings' names 0 of 10 classes, not one: 0"),
-    (sample_script, "--out {trained} --top-p 0", "top_p=0.0): temperature and top_k must be"),
-    (sample_script, "--out {trained} --keep 2", "--keep is of --upscale"),
+    (sample_script, "--out {trained} --top-p 0", "temperature and top_k must be at least 0"),
     (sample_script, "--out {trained} --tokens 7", "--tokens is 7, and there are 1 .. 6 tokens"),
     (sample_script, "--out {trained} --upscale {image} --keep 7", "--keep is 7"),
     (sample_script, "--out {trained} --upscale {bad}/other.pt", "cannot decode {bad}/other.pt"),
