@@ -279,6 +279,7 @@ def run_truncation(args, job):
             "PSNR (dB)": ["PSNR"],
             f"{name} of reconstructions (r), samples (g)": [f"r{name}", f"g{name}"],
             "energy of frequencies f .. 2f - 1 (dB)": [c for c in rows[0] if c[:4] == "band"]})
+        print(f"saved {args.out / 'truncation.png'}")
     return rows
 
 
@@ -341,6 +342,7 @@ def run_probe(args, job):
         save_charts(args.out / "probe.png", rows[1:], "token", {
             "R2 of each place, from those before": [c for c in columns if c[:2] == "R2"],
             "bits per token": ["entropy", "bits"]})
+        print(f"saved {args.out / 'probe.png'}")
     # The first token has none before it.
     means = {name: sum(values[1:]) / (N - 1) for name, values in columns.items()}
     return rows + [{"token": "mean"} | means]
@@ -1380,29 +1382,31 @@ def mixed_7(channels, pool):
 COLOURS = "#1f5fa8", "#d1495b", "#2e933c", "#8d5fd3", "#e08e1b", "#555555", "#17a2b8", "#a0522d"
 
 
-def save_charts(path, rows, x_column, panels):
+def save_charts(path, rows, x_column, panels, log=False):
     """PNG of line charts side by side; panels: {title: columns of the rows}."""
-    charts = [line_chart(title, rows, x_column, columns) for title, columns in panels.items()]
+    charts = [line_chart(title, rows, x_column, columns, log) for title, columns in panels.items()]
     save_picture(path, Image.fromarray(np.hstack(charts)))
-    print(f"saved {path}")
 
 
-def line_chart(title, rows, x_column, columns):
-    """Pillow picture of columns of a table; the rows stand at equal distances on the x axis."""
+def line_chart(title, rows, x_column, columns, log=False):
+    """Pillow picture of columns of a table; the rows stand at equal distances on the x axis.
+    log: the y axis is logarithmic. A row may lack a column, or hold None."""
     left, right, top, bottom = 96, 808, 164, 540            # twice as large as a page shows it
-    values = [row[column] for row in rows for column in columns if row[column] is not None]
+    values = [row[c] for row in rows for c in columns if row.get(c) is not None]
     low, high = min(values), max(values)
     step = (right - left) / max(len(rows) - 1, 1)
+    scale = np.log if log else float
 
     def y_pixel(value):
-        return bottom - (bottom - top) * (value - low) / (high - low or 1)
+        share = (scale(value) - scale(low)) / (scale(high) - scale(low) or 1)
+        return bottom - (bottom - top) * share
 
     picture = Image.new("RGB", (840, 620), "white")
     draw = ImageDraw.Draw(picture)
     draw.font = ImageFont.load_default(size=22)
     draw.text((left, 24), title, fill="black", anchor="lm")
     draw.text(((left + right) / 2, 608), x_column, fill="black", anchor="mb")
-    for value in np.linspace(low, high, 6):
+    for value in (np.geomspace if log else np.linspace)(low, high, 6):
         draw.line([(left, y_pixel(value)), (right, y_pixel(value))], fill="#dddddd", width=2)
         draw.text((left - 12, y_pixel(value)), f"{value:.3g}", fill="black", anchor="rm")
     for i in range(0, len(rows), math.ceil(len(rows) / 10)):
@@ -1411,7 +1415,7 @@ def line_chart(title, rows, x_column, columns):
         x, y = left + 240 * (number % 3), 64 + 30 * (number // 3)       # three names a row
         draw.text((x, y), column, fill=colour, anchor="lm")
         points = [(left + i * step, y_pixel(row[column]))
-                  for i, row in enumerate(rows) if row[column] is not None]
+                  for i, row in enumerate(rows) if row.get(column) is not None]
         draw.line(points, fill=colour, width=4)
         for x, y in points:                                             # a lone one, too
             draw.ellipse([x - 4, y - 4, x + 4, y + 4], fill=colour)

@@ -2117,7 +2117,8 @@ def test_scripts_run_end_to_end(trained):
     names = {re.sub("-[0-9a-f]{16}", "", file.name) for file in trained.iterdir()}
     assert names == {
         "tokenizer.pt", "gpt.pt", "codes-train.npy", "codes-val.npy",
-        "log-tokenizer.jsonl", "log-gpt.jsonl", "recon.png", "samples.png"}
+        "log-tokenizer.jsonl", "log-gpt.jsonl", "recon.png", "samples.png",
+        "loss-tokenizer.png", "loss-gpt.png"}
     tokenizer = load_tokenizer(trained / "tokenizer.pt")
     gpt, carried, class_names = load_generator(trained / "gpt.pt")
     assert same_weights(tokenizer, carried)
@@ -2130,6 +2131,20 @@ def test_scripts_run_end_to_end(trained):
         views = [tokenizer.encode(to_float(x)) for x in (images, images.flip(-1))[:sides]]
         assert np.array_equal(records["codes"], torch.stack(views, 1))
         assert np.array_equal(records["label"], labels)
+
+
+def test_loss_charts_show_the_steps_before_a_resume(tmp_path, monkeypatch):
+    drawn = {}
+    monkeypatch.setattr(train_tokenizer, "save_charts",
+                        lambda path, rows, *panels, log: drawn.update({path.name: rows}))
+    for script in (train_tokenizer, train_gpt):
+        call(script, tmp_path, "--log-every 1 --eval-every 3")
+        call(script, tmp_path, "--resume --steps 8")
+    for name, held_out in (("tokenizer", str(N)), ("gpt", "held-out bits")):
+        rows = drawn[f"loss-{name}.png"]
+        assert [row["step"] for row in rows] == [*range(1, 9)]
+        assert all(row["loss"] > 0 for row in rows)
+        assert [row["step"] for row in rows if held_out in row] == [3, 6, 8]
 
 
 def test_flat_run_trains_and_samples(tmp_path):

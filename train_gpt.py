@@ -4,8 +4,8 @@
   python train_gpt.py --data cifar10 --depth 8 --width 256      # another size
   torchrun --nproc-per-node 8 train_gpt.py --data imagenet --data-dir /path/to/ILSVRC      # d16
 
-It reads out/<data>/tokenizer.pt and writes gpt.pt, samples.png and log-gpt.jsonl beside it. The
-data set is encoded once, into codes-*.npy. ImageNet at 64 tokens takes 164 MB per view.
+It reads out/<data>/tokenizer.pt and writes gpt.pt, samples.png, loss-gpt.png and log-gpt.jsonl
+beside it. The data set is encoded once, into codes-*.npy (ImageNet: 164 MB per view).
 """
 import copy
 import hashlib
@@ -166,7 +166,8 @@ def main(args):
             stamp = save_run(path, "gpt", parts, done, stamp, args, job, **carried)
         if evaluates and job.rank == 0:
             record = evaluate_generator(parts["ema"], held_out, job)
-            log.write(step=done, **record)
+            log.write(step=done, **{f"held-out {name}": value for name, value in record.items()})
+            log.draw(args.out / "loss-gpt.png", {"bits per token": ["bits", "held-out bits"]})
             samples = args.out / "samples.png"
             draw_class_samples(samples, parts["ema"], tokenizer, names, args.sample_cfg)
             log.reset()                  # the evaluation's time is not that of a step
@@ -175,7 +176,7 @@ def main(args):
 
     if done < args.steps:
         raise UserError(f"{caught[0]} after step {done}: saved {path}, --resume goes on")
-    print(f"saved {path}, {args.out / 'samples.png'}")
+    print(f"saved {path}, {args.out / 'samples.png'}, {args.out / 'loss-gpt.png'}")
 
 
 def build_generator_parts(tokenizer_config, num_classes, args, job):

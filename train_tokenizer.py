@@ -5,8 +5,8 @@
   python train_tokenizer.py --data /my/images --image-size 64   # a folder of your own
   torchrun --nproc-per-node 8 train_tokenizer.py --data imagenet --data-dir /path/to/ILSVRC
 
-out/<data>/ also gets recon.png (a spectrum in its windows, sub-images, reconstructions) and
-log-tokenizer.jsonl. Read settings, the training step, main with its loop, then what they use.
+out/<data>/ also gets recon.png (a spectrum in its windows, sub-images, reconstructions),
+loss-tokenizer.png and log-tokenizer.jsonl. Read settings, the training step, main with its loop, then what they use.
 """
 import argparse
 import copy
@@ -35,7 +35,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from evaluate import LPIPS  # noqa: F401 (can be imported from here, too)
 from evaluate import (batch_indices, check_data, codebook_use, draw_levels, effective_rank,
-                      load_perceptual, open_data, pick_images, psnr)
+                      load_perceptual, open_data, pick_images, psnr, save_charts)
 from sample import spread_levels
 
 # ---- settings: each field is a flag -------------------------------------------------------------
@@ -260,13 +260,16 @@ def main(args):
         if evaluates and job.rank == 0:
             record = evaluate_tokenizer(parts["ema"], val, args, job)
             log.write(step=done, **record)
+            log.draw(args.out / "loss-tokenizer.png", {
+                "loss of training batches": ["loss"],
+                "PSNR of held-out images, by tokens (dB)": [*map(str, record["psnr_image"])]})
             log.reset()                  # the evaluation's time is not that of a step
         if leaves:
             break
 
     if done < args.steps:
         raise UserError(f"{caught[0]} after step {done}: saved {path}, --resume goes on")
-    print(f"saved {path}, {args.out / 'recon.png'}")
+    print(f"saved {path}, {args.out / 'recon.png'}, {args.out / 'loss-tokenizer.png'}")
 
 
 def build_tokenizer_parts(args, job):
@@ -632,6 +635,14 @@ class Log:
 
     def write(self, **record):
         self.file.write(json.dumps(record) + "\n")
+
+    def draw(self, path, panels):
+        """Charts of all records of steps in the file, those before a --resume included."""
+        rows = defaultdict(dict)
+        for record in map(json.loads, open(self.file.name)):
+            if "step" in record:
+                rows[record["step"]] |= record | record.get("psnr_image", {})
+        save_charts(path, [rows[step] for step in sorted(rows)], "step", panels, log=True)
 
     def reset(self):
         self.terms = defaultdict(list)
