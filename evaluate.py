@@ -1390,11 +1390,12 @@ def save_charts(path, rows, x_column, panels, log=False):
 
 def line_chart(title, rows, x_column, columns, log=False):
     """Pillow picture of columns of a table; the rows stand at equal distances on the x axis.
-    log: the y axis is logarithmic. A row may lack a column, or hold None."""
+    log: the y axis is logarithmic, if all values allow it. A row may lack a column."""
     left, right, top, bottom = 96, 808, 164, 540            # twice as large as a page shows it
     values = [row[c] for row in rows for c in columns if row.get(c) is not None]
     low, high = min(values), max(values)
     step = (right - left) / max(len(rows) - 1, 1)
+    log = log and low > 0
     scale = np.log if log else float
 
     def y_pixel(value):

@@ -1812,6 +1812,13 @@ def test_line_chart_draws_each_column(tmp_path):
         for end, place in ((x.min(), first), (x.max(), last)):
             assert (end, y[x == end].mean()) == pytest.approx(place, abs=6)
 
+    # On a logarithmic axis 1, 10, 100 are a straight line. An adversarial loss may be below 0.
+    for values, height in (((1.0, 10.0, 100.0), centre), ((-1.0, 10.0, 99.0), 498)):
+        rows = [dict(step=i, loss=value) for i, value in enumerate(values)]
+        picture = np.array(line_chart("a title", rows, "step", ["loss"], log=True))
+        y, x = (picture == ImageColor.getrgb(COLOURS[0])).all(-1).nonzero()
+        assert y[(x == middle) & (y > top)].mean() == pytest.approx(height, abs=6)
+
 
 # -------------------------------------------------------------------------------------------------
 # evaluate.py: data sets

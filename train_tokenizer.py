@@ -6,7 +6,8 @@
   torchrun --nproc-per-node 8 train_tokenizer.py --data imagenet --data-dir /path/to/ILSVRC
 
 out/<data>/ also gets recon.png (a spectrum in its windows, sub-images, reconstructions),
-loss-tokenizer.png and log-tokenizer.jsonl. Read settings, the training step, main with its loop, then what they use.
+loss-tokenizer.png and log-tokenizer.jsonl. Read settings, the training step, main with its loop,
+then what they use.
 """
 import argparse
 import copy
@@ -261,7 +262,7 @@ def main(args):
             record = evaluate_tokenizer(parts["ema"], val, args, job)
             log.write(step=done, **record)
             log.draw(args.out / "loss-tokenizer.png", {
-                "loss of training batches": ["loss"],
+                "training batches": ["loss", "rec"],
                 "PSNR of held-out images, by tokens (dB)": [*map(str, record["psnr_image"])]})
             log.reset()                  # the evaluation's time is not that of a step
         if leaves:
