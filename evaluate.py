@@ -1160,14 +1160,16 @@ def load_classifier(named, own, kind, data_name, data, image_size, job):
     the run's own, which is trained on data (train, val) when absent. data None: any will do."""
     path = Path(named or own)
     about = {}
-    if data:                                        # a folder's own name, because it may be moved
+    if data:
+        # A folder's own name, because it may be moved. The seed tells which kind it is.
         about = dict(data=Path(data_name).name, image_size=image_size,
-                     classes=data[0].class_names, **kind)
+                     classes=data[0].class_names, seed=kind["seed"])
     if data and not named and not path.exists():     # a mistyped name must not train one
         print(f"training a classifier for {path}, minutes on a CPU")
         model, accuracy = train_classifier(*data, image_size, job, **kind)
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_checkpoint(path, "classifier", **about, accuracy=accuracy, model=model.state_dict())
+        save_checkpoint(path, "classifier", **about | kind, accuracy=accuracy,
+                        model=model.state_dict())
     saved = read_checkpoint(path, "classifier")
     saved["data"] = Path(saved.get("data", "")).name
     for name, value in about.items():

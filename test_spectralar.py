@@ -2201,7 +2201,7 @@ def test_perceptual_loss_takes_a_classifier_of_the_data(tmp_path, capsys, monkey
         assert a["loss"] == b["loss"] == pytest.approx(total, rel=1e-5)
     call(train_gpt, tmp_path / "a")
     line = error_of(capsys, evaluate, tmp_path / "a", f"generation --num 20 --classifier {net}")
-    assert "is of widths" in line
+    assert "is of seed 1, not 0" in line
     for name in ("VGG", tmp_path / "no.pt"):
         line = error_of(capsys, train_tokenizer, tmp_path / "c", flags + str(name))
         assert f"{name} does not exist" in line
