@@ -2063,6 +2063,19 @@ def test_lpips_has_a_gradient_where_all_features_are_zero():
     assert torch.isfinite(image.grad).all()
 
 
+def test_classifier_is_read_back_whether_it_pools_or_strides(tmp_path):
+    """Both halve the side at each scale. The file tells which one it is."""
+    images = pictures(0, 4, S, S)
+    for pool in (False, True):
+        torch.manual_seed(0)
+        model = Classifier(3, S, (4, 6, 8), pool).eval()
+        assert [tap.shape[2] for tap in model.taps(to_float(images))] == [S, S // 2, S // 4]
+        save_checkpoint(tmp_path / "net.pt", "classifier", widths=(4, 6, 8), pool=pool, seed=0,
+                        classes=[*"abc"], image_size=S, accuracy=0.5, model=model.state_dict())
+        found = load_classifier(tmp_path / "net.pt", None, JUDGE, "shapes", None, S, Job("cpu"))
+        assert torch.equal(found(images)[2], model(images)[2])
+
+
 @torch.no_grad()
 def test_classifier_distance_is_that_of_unit_features():
     """The features of the stem and of each stage get unit length at each pixel."""
