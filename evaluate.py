@@ -914,10 +914,11 @@ def list_classes(folder):
     if not classes:
         return {ALONE: images_below(folder)}
     # If all of them hold images in the same folders, those may be the classes.
-    inner = set.intersection(*({os.path.dirname(file)[len(str(folder / name)) + 1:]
-                                for file in files} for name, files in classes.items())) - {""}
-    if len(inner) > 1:
-        about = f"{', '.join([*classes][:3])} in {folder} all hold {', '.join(sorted(inner)[:3])}"
+    inner = [{os.path.dirname(file)[len(str(folder / name)) + 1:] for file in files}
+             for name, files in classes.items()]
+    shared = sorted(set.intersection(*inner) - {""})
+    if len(shared) > 1:
+        about = f"{', '.join([*classes][:3])} in {folder} all hold {', '.join(shared[:3])}"
         if len(classes) > 1:
             raise UserError(f"{about}: name one of them, or call them train and val")
         print(f"warning: {about} .., which become one class: --data {folder / min(classes)}?")

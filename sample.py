@@ -209,7 +209,7 @@ def shared_array(path, dtype, shape, job):
 def add_sampling_flags(parser):
     """The flags of every command that samples."""
     add_settings(parser, "sampling", Sampling, dict(cfg=2.0))
-    add = parser.add_argument_group("tokens").add_argument
+    add = parser.add_argument_group("decoding").add_argument
     add("--tokens", type=int, help="stop after this many tokens (all)")
     add("--tokenizer", metavar="FILE", help="decode by this tokenizer.pt of the same codes, such "
         "as one of train_tokenizer.py --finetune-decoder (the one in gpt.pt)")

@@ -483,7 +483,7 @@ def sine_positions(side, width):
     y = y.reshape(-1, 1) * frequency
     x = x.reshape(-1, 1) * frequency
     positions = torch.cat([y.sin(), y.cos(), x.sin(), x.cos()], 1) / math.sqrt(2)
-    return F.pad(positions, (0, width % 4))
+    return F.pad(positions, (0, width % 4))      # what a quarter of the width leaves over stays 0
 
 
 # ---- 7. the nested objective (paper, section 3.3, Eq. 7) ----------------------------------------

@@ -466,7 +466,8 @@ def make_optimizers(model, args, job):
     hidden = {}                          # by shape, because Muon treats equal shapes together
     decayed = []
     others = []
-    for p in filter(lambda p: p.requires_grad, model.parameters()):
+    trained = [p for p in model.parameters() if p.requires_grad]
+    for p in trained:
         if args.muon and id(p) in in_blocks:
             hidden.setdefault(p.shape, []).append(p)
         elif id(p) in linear:
@@ -638,7 +639,8 @@ class Log:
         self.file.write(json.dumps(record) + "\n")
 
     def draw(self, path, panels):
-        """Charts of all records of steps in the file, those before a --resume included."""
+        """Charts of all records of steps in the file, those before a --resume included. An
+        evaluation's PSNR, {tokens: dB}, gives a column for each number of tokens."""
         rows = defaultdict(dict)
         for record in map(json.loads, open(self.file.name)):
             if "step" in record:
