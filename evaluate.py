@@ -26,7 +26,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from spectralar import (Help, Sampling, UserError, all_sum, autocast, base_parser, dct2,
-                        first_rank_first, gather, in_window, load_tokenizer, low_pass, parse_flags,
+                        first_rank_first, gather, in_window, load_tokenizer, low_pass,
                         random_streams, read_checkpoint, run_script, save_checkpoint,
                         start_job, to_float, to_uint8, uniforms)
 
@@ -38,8 +38,8 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from sample import (add_sampling_flags, balanced_labels, check_tokens, decode_image, draw_codes,
-                    image_grid, load_models, own_batches, permutation, progress, save_picture,
-                    spread_levels)
+                    image_grid, load_models, own_batches, parse_sampling_flags, permutation,
+                    progress, run_file, save_picture, spread_levels)
 
 
 def parse_args(argv=None):
@@ -53,7 +53,8 @@ def parse_args(argv=None):
         help="network that measures (shapes and CIFAR: classifier, else inception)")
     add("--inception", metavar="FILE", help="weights of Inception (downloaded)")
     add("--classifier", metavar="FILE", help="another run's classifier: take one for all runs "
-        "that you compare (classifier.pt in --out, which is trained when absent)")
+        "that you compare (cifar10: the one in docs/weights; others: classifier.pt in --out, "
+        "which is trained when absent)")
     add("--reference", metavar="PATH",
         help="images or statistics to compare samples with (50,000 training images)")
     add("--num", type=int, help="images (samples: 50,000, with the classifier 10,000; probe: "
@@ -64,13 +65,14 @@ def parse_args(argv=None):
         help="of reconstructions: measure LPIPS, too (with inception only)")
     add("--batch-size", type=int, default=64, help="images per batch of one process")
     add_sampling_flags(parser)
-    args = parse_flags(parser, argv)
+    args = parse_sampling_flags(parser, argv)
     if args.command == "compare" and len(args.paths) != 2:
         parser.error(f"compare takes two paths, SAMPLES REFERENCE, not {args.paths}")
     # A flag without effect would give a number that means something else.
     rebuilt, sampled = "reconstruction, truncation", "generation, truncation"
     users = dict(paths="compare", tokens="generation", levels=rebuilt, lpips=rebuilt,
                  reference=sampled, tokenizer="generation, truncation, probe",
+                 weights="generation, reconstruction, truncation, probe",
                  **{f.name: sampled for f in fields(Sampling)})
     for name, commands in users.items():
         is_given = getattr(args, name) not in ([], parser.get_default(name))
@@ -123,8 +125,9 @@ def load_network(args, data, image_size, job):
     if args.features == "inception":
         load = partial(load_inception, args.inception, job.device)
     else:
-        load = partial(load_classifier, args.classifier, args.out / "classifier.pt", JUDGE,
-                       args.data, data, image_size, job)
+        own = shipped(f"judge-{args.data}.pt") or args.out / "classifier.pt"
+        load = partial(load_classifier, args.classifier, own, JUDGE, args.data, data, image_size,
+                       job)
     return first_rank_first(load, job)
 
 
@@ -162,7 +165,7 @@ def open_run(kind, tokenizer, args, job):
         check_tokens("--levels", level, tokenizer.config.num_tokens)
     size = tokenizer.config.image_size
     train, val = open_data(args, size, job)
-    check_data(args.out / f"{kind}.pt", kind, train, args)
+    check_data(run_file(kind, args), train, args)
     return train, val, load_network(args, (train, val), size, job)
 
 
@@ -202,7 +205,7 @@ def measure_generation(gpt, tokenizer, network, train, levels, args, job):
 
 
 def run_reconstruction(args, job):
-    tokenizer = load_tokenizer(args.out / "tokenizer.pt", job.device)
+    tokenizer = load_tokenizer(run_file("tokenizer", args), job.device)
     levels = args.levels or [tokenizer.config.num_tokens]
     _, val, network = open_run("tokenizer", tokenizer, args, job)
     return measure_reconstructions(tokenizer, network, val, levels, args, job)
@@ -322,7 +325,7 @@ def run_probe(args, job):
     gpt, tokenizer, _ = load_models(args, job)
     N = tokenizer.config.num_tokens
     train, val = open_data(args, tokenizer.config.image_size, job)
-    check_data(args.out / "gpt.pt", "gpt", train, args)
+    check_data(run_file("gpt", args), train, args)
     # Training images fit the linear map, held-out images measure it.
     fit = correlate_tokens(tokenizer, train, args.num or 50_000, job)
     test = correlate_tokens(tokenizer, val, 10_000, job)
@@ -627,9 +630,9 @@ def open_data(args, image_size, job):
     return first_rank_first(load, job)
 
 
-def check_data(path, kind, train, args):
+def check_data(path, train, args):
     """UserError when a checkpoint was trained on other data than this run's."""
-    saved = read_checkpoint(path, kind, mmap=True)
+    saved = read_checkpoint(path, "tokenizer", "gpt", mmap=True)
     name = saved["args"]["data"]
     # A folder may have been moved: then it has another name, but the same files.
     if saved.get("data") != train.fingerprint():
@@ -1042,8 +1045,9 @@ def load_perceptual(train, val, image_size, args, job):
         if net == "vgg":
             return load_lpips(job.device)
         named = None if net == "classifier" else net
-        return load_classifier(named, args.out / "perceptual.pt", PERCEPTUAL, args.data,
-                               (train, val), image_size, job).distance
+        own = shipped(f"perceptual-{args.data}.pt") or args.out / "perceptual.pt"
+        return load_classifier(named, own, PERCEPTUAL, args.data, (train, val), image_size,
+                               job).distance
     return first_rank_first(load, job)
 
 
@@ -1156,6 +1160,12 @@ JUDGE = dict(widths=(32, 48, 96, 192), seed=0)
 PERCEPTUAL = dict(widths=(32, 64, 128, 128), seed=1)
 
 
+def shipped(name):
+    """A file that comes with the code, or None: two people's numbers compare by the same judge."""
+    path = Path(__file__).parent / "docs" / "weights" / name
+    return path if path.exists() else None
+
+
 def load_classifier(named, own, kind, data_name, data, image_size, job):
     """The classifier, of kind JUDGE or PERCEPTUAL, in the file that a flag has named, or else in
     the run's own, which is trained on data (train, val) when absent. data None: any will do."""
@@ -1214,7 +1224,8 @@ def train_classifier(train, val, image_size, job, widths, seed, pool=False, step
 
 
 def augment(images):
-    """Random mirror images, and shifts of up to an eighth of the side, of a batch (B, 3, S, S)."""
+    """Random mirror images, shifts of up to an eighth of the side, and a grey square of a quarter
+    of the side, of a batch (B, 3, S, S)."""
     B, _, S, _ = images.shape
     pad = S // 8
     mirrored = torch.rand(B, 1, 1, 1) < 0.5
@@ -1223,7 +1234,10 @@ def augment(images):
     rows = torch.randint(2 * pad + 1, (B, 1)) + torch.arange(S)                    # (B, S)
     columns = torch.randint(2 * pad + 1, (B, 1)) + torch.arange(S)
     image = torch.arange(B)[:, None, None]
-    return images[image, :, rows[:, :, None], columns[:, None]].permute(0, 3, 1, 2)
+    images = images[image, :, rows[:, :, None], columns[:, None]].permute(0, 3, 1, 2)
+    # Without the square (cutout) a network that sees CIFAR-10 twenty times learns it by heart.
+    rows, columns = ((torch.randint(S, (B, 1)) - torch.arange(S)).abs() <= pad for _ in "rc")
+    return torch.where(rows[:, None, :, None] & columns[:, None, None], 127.5, images)
 
 
 # ---- Inception-v3 as in the 2015 TensorFlow graph that FID is defined by ------------------------

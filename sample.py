@@ -5,6 +5,7 @@
   python sample.py --progressive --gif               # after 1, 2, 4 ... tokens; after each
   python sample.py --tokens 8                        # stop after 8 tokens: the low frequencies
   python sample.py --upscale photo.jpg --keep 4      # keep its first 4 tokens, sample the others
+  python sample.py --weights docs/weights/cifar10.pt # a trained generator that comes with the code
   torchrun --nproc-per-node 8 -- sample.py --npz samples.npz --num 50000   # for evaluate.py
 
 Image i of a seed has random numbers of its own, whatever the batch size and the number of
@@ -18,8 +19,8 @@ from pathlib import Path
 
 from spectralar import (Help, Sampling, UserError, add_settings, autocast, barrier, base_parser,
                         code_fingerprint, config_from_flags, load_generator, load_tokenizer,
-                        one_line, parse_flags, random_streams, run_script, start_job, to_float,
-                        to_uint8, whole_file)
+                        one_line, parse_flags, random_streams, read_checkpoint, run_script,
+                        start_job, to_float, to_uint8, whole_file)
 
 import numpy as np
 import torch
@@ -47,7 +48,7 @@ def parse_args(argv=None):
     add("--npz", metavar="FILE", type=Path,
         help="write images for evaluation, of balanced classes in shuffled order")
     add_sampling_flags(parser)
-    return parse_flags(parser, argv)
+    return parse_sampling_flags(parser, argv)
 
 
 def main(args):
@@ -55,6 +56,7 @@ def main(args):
     if job.rank and not args.npz:                # pictures need one process alone
         return
     gpt, tokenizer, names = load_models(args, job)
+    args.out.mkdir(parents=True, exist_ok=True)
     if args.npz:
         write_npz(gpt, tokenizer, choose_classes(args, names), args, job)
     elif args.upscale:
@@ -210,14 +212,34 @@ def add_sampling_flags(parser):
     """The flags of every command that samples."""
     add_settings(parser, "sampling", Sampling, dict(cfg=2.0))
     add = parser.add_argument_group("decoding").add_argument
+    add("--weights", metavar="FILE", help="a gpt.pt, which carries its tokenizer; it also tells "
+        "--data (the files in --out)")
     add("--tokens", type=int, help="stop after this many tokens (all)")
     add("--tokenizer", metavar="FILE", help="decode by this tokenizer.pt of the same codes, such "
         "as one of train_tokenizer.py --finetune-decoder (the one in gpt.pt)")
 
 
+def parse_sampling_flags(parser, argv):
+    """The flags. --weights tells the data set where --data does not."""
+    args = parse_flags(parser, argv)
+    if args.weights:
+        try:
+            saved = read_checkpoint(args.weights, "gpt", mmap=True)
+        except UserError as error:
+            parser.error(str(error))
+        parser.set_defaults(data=saved["args"]["data"])
+        args = parse_flags(parser, argv)
+    return args
+
+
+def run_file(kind, args):
+    """The checkpoint to load: --weights, or the one of this kind in --out."""
+    return Path(args.weights or args.out / f"{kind}.pt")
+
+
 def load_models(args, job):
     """(GPT, SpectralTokenizer, class names) to sample with."""
-    path = args.out / "gpt.pt"
+    path = run_file("gpt", args)
     gpt, tokenizer, names = load_generator(path, job.device)
     if args.tokenizer:
         learned = code_fingerprint(tokenizer)

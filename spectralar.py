@@ -719,8 +719,9 @@ def save_checkpoint(path, kind, **content):
         torch.save(dict(format=FORMAT, kind=kind, **content), temporary)
 
 
-def read_checkpoint(path, kind, mmap=False):
-    """The dict of a checkpoint, on the CPU. mmap: read a tensor only when it is used."""
+def read_checkpoint(path, *kinds, mmap=False):
+    """The dict of a checkpoint of one of these kinds, on the CPU.
+    mmap: read a tensor only when it is used."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
         found = checkpoint["kind"], checkpoint["format"]
@@ -728,8 +729,9 @@ def read_checkpoint(path, kind, mmap=False):
         raise UserError(f"{path} does not exist: train it first, or name its folder by --out")
     except Exception as error:                   # a broken file raises nearly anything
         raise UserError(f"{path} is not a whole checkpoint ({one_line(error)})")
-    if found != (kind, FORMAT):
-        raise UserError(f"{path} is a {found[0]} of format {found[1]}, not a {kind} of {FORMAT}")
+    if found not in [(kind, FORMAT) for kind in kinds]:
+        raise UserError(f"{path} is a {found[0]} of format {found[1]}, not a "
+                        f"{' or '.join(kinds)} of {FORMAT}")
     return checkpoint
 
 
@@ -744,9 +746,10 @@ def build_model(model_class, config_class, saved, path, device):
 
 
 def load_tokenizer(path, device="cpu"):
-    """The SpectralTokenizer of a tokenizer.pt, ready to encode and decode."""
-    checkpoint = read_checkpoint(path, "tokenizer")
-    return build_model(SpectralTokenizer, TokenizerConfig, checkpoint, path, device)
+    """The SpectralTokenizer of a tokenizer.pt, or that of a gpt.pt, ready to encode and decode."""
+    checkpoint = read_checkpoint(path, "tokenizer", "gpt")
+    saved = checkpoint.get("tokenizer", checkpoint)
+    return build_model(SpectralTokenizer, TokenizerConfig, saved, path, device)
 
 
 def load_generator(path, device="cpu"):

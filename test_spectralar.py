@@ -2349,8 +2349,9 @@ def test_optimizer_holds_every_parameter_once(kind):
 
 
 @pytest.mark.parametrize("shape", [(24, 8), (8, 24), (8, 8)])
-def test_muon_equals_torchs(shape):
-    """In bfloat16, ours equals torch.optim.Muon. In float32 it comes close."""
+def test_muon_equals_torchs(shape, monkeypatch):
+    """With its polynomials, ours equals torch.optim.Muon in bfloat16, and is close in float32."""
+    monkeypatch.setattr(train_tokenizer, "POLYNOMIALS", [(3.4445, -4.7750, 2.0315)] * 5)
     torch.manual_seed(0)
     ours, exact, theirs = ([torch.nn.Parameter(torch.ones(shape)) for _ in range(3)]
                            for _ in range(3))
@@ -2374,13 +2375,16 @@ def test_muon_equals_torchs(shape):
 def test_orthogonalize_keeps_directions_and_evens_out_their_lengths():
     torch.manual_seed(0)
     u, _, v = torch.linalg.svd(torch.randn(5, 12, 40), full_matrices=False)
-    lengths = torch.logspace(0, -2, 12)
+    lengths = torch.logspace(0, -1.8, 12)
     x = orthogonalize(u * lengths @ v)
     kept = u.mT @ x @ v.mT                              # in the basis of its singular vectors
     diagonal = kept.diagonal(dim1=1, dim2=2)
-    assert 0.68 < diagonal.min() and diagonal.max() < 1.21
+    assert 0.72 < diagonal.min() and diagonal.max() < 1.28
     assert (kept - torch.diag_embed(diagonal)).abs().max() < 1e-3
     assert not orthogonalize(torch.zeros(1, 3, 2)).any()
+    # Of a matrix of rank 1 the norm is the singular value, and bfloat16 may round it up.
+    rank_one = (torch.randn(99, 12, 1) @ torch.randn(99, 1, 40)).bfloat16()
+    assert torch.linalg.matrix_norm(orthogonalize(rank_one).float(), 2).max() < 1.3
 
 
 def test_optimizer_step_clips_and_keeps_each_groups_own_rate():
@@ -2547,6 +2551,29 @@ def test_codes_of_another_tokenizer_are_refused(a_copy, capsys):
     assert old in line and new in line and "--overwrite" in line
     call(train_gpt, a_copy, "--overwrite")
     assert code_fingerprint(load_generator(a_copy / "gpt.pt")[1]) == new
+
+
+def test_weights_from_elsewhere_name_their_data_and_lend_their_tokenizer(trained, tmp_path,
+                                                                         monkeypatch):
+    """A gpt.pt of 16-bit weights draws, is measured, and has its tokenizer learned anew."""
+    saved = read_saved(trained / "gpt.pt")
+    for model in (saved["ema"], saved["tokenizer"]["model"]):
+        model |= {name: x.half() if x.is_floating_point() else x for name, x in model.items()}
+    file = tmp_path / "small.pt"
+    torch.save(saved, file)
+    monkeypatch.chdir(tmp_path)
+    for script, flags in ((sample_script, f"--weights {file}"),
+                          (evaluate, f"probe --weights {file} --num 500")):
+        args = script.parse_args(shlex.split(f"{flags} {MACHINE}"))
+        assert str(args.out) == "out/shapes"
+        run_script(script.main, args)
+    assert Path("out/shapes/samples.png").exists() and Path("out/shapes/probe.png").exists()
+    assert not Path("out/shapes/gpt.pt").exists()
+
+    call(train_gpt, tmp_path / "new", f"--tokenizer {file}")
+    borrowed = load_generator(tmp_path / "new/gpt.pt")[1]
+    assert same_weights(borrowed, load_tokenizer(file))
+    assert not same_weights(borrowed, load_tokenizer(trained / "tokenizer.pt"))
 
 
 def test_training_uses_the_mirror_images(trained, a_copy):
@@ -2907,6 +2934,7 @@ def test_readme_docs_and_docstring_commands_parse(tmp_path, monkeypatch):
     for name, text in documents().items():
         sources[name] = "\n".join(code_blocks(text) + inline_code(text))
     monkeypatch.chdir(tmp_path)
+    Path("docs").symlink_to(ROOT / "docs")                  # --weights reads its file
     wrong = []
     for name, text in sources.items():
         commands = commands_in(text)

@@ -62,6 +62,8 @@ def parse_args(argv=None):
     parser.add_argument("--views", choices=VIEWS, default=preset["gpt"].get("views", "flip"),
                         help="of each training image. centre: ADM's crop; flip: also its mirror "
                              "image; ten-crop: five crops at 1.1 times the size, and theirs")
+    parser.add_argument("--tokenizer", metavar="FILE", help="another run's tokenizer.pt or gpt.pt "
+                        "(tokenizer.pt in --out)")
     return parse_training_flags(parser, argv, "gpt")
 
 
@@ -116,10 +118,10 @@ def main(args):
     stamp = file_stamp(path)
 
     # The tokenizer, and the images whose codes the generator learns.
-    tokenizer_path = args.out / "tokenizer.pt"
+    tokenizer_path = args.tokenizer or args.out / "tokenizer.pt"
     tokenizer = load_tokenizer(tokenizer_path, job.device)
     train, val = open_data(args, tokenizer.config.image_size, job)
-    check_data(tokenizer_path, "tokenizer", train, args)
+    check_data(tokenizer_path, train, args)
     names = train.class_names
 
     # What a resumed run must find unchanged, and what sampling needs: gpt.pt is enough for it.

@@ -59,12 +59,13 @@ class TrainingSettings:
 
 @dataclass
 class TokenizerSettings:
-    """The losses beside the squared error, and the evaluation."""
+    """The weights of the losses, and the evaluation."""
+    prefix_weight: float = setting(0.25, "weight of the random shorter level; the whole has 1")
     perceptual: float = setting(0.0, "weight of the perceptual loss; 0 = none")
     perceptual_start: int = setting(0, "step at which the perceptual loss begins")
-    perceptual_net: str = setting("vgg", "vgg: LPIPS, downloaded; classifier: a small network, "
-                                  "trained on the data set, kept as perceptual.pt in --out; or "
-                                  "such a file of another run")
+    perceptual_net: str = setting("vgg", "vgg: LPIPS, downloaded; classifier: a small network "
+                                  "(cifar10: in docs/weights; others: trained on the data set, "
+                                  "kept as perceptual.pt in --out); or such a file")
     gan: float = setting(0.0, "weight of the adversarial loss, at the full level; 0 = none")
     gan_start: int = setting(0, "step at which the adversarial loss begins")
     eval_images: int = setting(512, "held-out images per evaluation")
@@ -193,10 +194,11 @@ def tokenizer_losses(model, images, levels, edges, perceptual, discriminator, ar
         full = recon[:, 0]
 
         # Each level against its own sub-image: this is what orders the tokens.
-        losses["rec"] = nested_loss(recon, targets)
+        weights = torch.tensor([1.0, args.prefix_weight][:levels.shape[1]], device=job.device)
+        losses["rec"] = nested_loss(recon, targets, weights=weights)
         loss = losses["rec"]
         if perceptual:
-            losses["perceptual"] = nested_loss(recon, targets, perceptual)
+            losses["perceptual"] = nested_loss(recon, targets, perceptual, weights)
             loss = loss + args.perceptual * losses["perceptual"]
         losses["vq"] = vq_loss
         loss = loss + vq_loss
@@ -230,7 +232,7 @@ def main(args):
     train, val = open_data(args, image_size, job)
     data = train.fingerprint()
     if args.resume:
-        check_data(path, "tokenizer", train, args)
+        check_data(path, train, args)
     batches = image_batches(train, args, job, start)
     perceptual = None
     if args.perceptual and args.perceptual_start < args.steps:
@@ -515,17 +517,22 @@ class Muon(torch.optim.Optimizer):
                 p.add_(direction, alpha=-group["lr"] * scale)
 
 
+# Three odd polynomials a x + b x^3 + c x^5. In turn they bring all x between 0.0105 and 1.05 to
+# 1 +- 0.27, nearer than any other three (Polar Express, arXiv 2505.16932). Beyond 1.05 they
+# explode; bfloat16 may round a norm of 1 to a little more.
+POLYNOMIALS = ((7.708, -20.4043, 13.6695), (3.6366, -2.7219, 0.5365), (2.6613, -1.9772, 0.4526))
+
+
 def orthogonalize(x):
-    """Matrices U S V' (n, rows, columns) -> about U V': singular values between 0.7 and 1.2.
-    Each pass of Newton and Schulz's iteration applies an odd polynomial to the singular values,
-    which lifts the small ones. Its coefficients are Jordan's: steep at 0, not exact at 1."""
+    """Matrices U S V' (n, rows, columns) -> about U V', with singular values between 0.73 and 1.27
+    (lower where they were below 0.01 of the norm). Each pass applies a polynomial to them."""
     if x.shape[1] > x.shape[2]:
         return orthogonalize(x.mT).mT
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)      # no singular value above 1
-    for _ in range(5):
-        a = x @ x.mT
-        b = torch.baddbmm(a, a, a, beta=-4.7750, alpha=2.0315)
-        x = torch.baddbmm(x, b, x, beta=3.4445)
+    for a, b, c in POLYNOMIALS:
+        square = x @ x.mT
+        factor = torch.baddbmm(square, square, square, beta=b, alpha=c)
+        x = torch.baddbmm(x, factor, x, beta=a)
     return x
 
 
