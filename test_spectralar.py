@@ -62,7 +62,8 @@ from spectralar import (GPT, Block, GPTConfig, Job, SpectralTokenizer, Tokenizer
                         config_from_flags, dct2, dct_matrix, decoder_mask, encoder_mask, idct2,
                         in_window, largest_window, load_generator, load_tokenizer, low_pass,
                         nested_loss, random_streams, run_script, sample_from_logits, sample_levels,
-                        save_checkpoint, sine_positions, sub_images, to_float, to_uint8, uniforms)
+                        save_checkpoint, sine_positions, squared_error, sub_images, to_float, to_uint8,
+                        uniforms)
 from train_tokenizer import (PRESETS, Discriminator, Muon, hinge_loss, lr_at, make_optimizers,
                              optimizer_step, orthogonalize, update_ema)
 
@@ -709,6 +710,22 @@ def test_training_levels_and_loss_equal_their_definition():
     for distance in (F.mse_loss, torch.sub):
         with pytest.raises((RuntimeError, IndexError)):
             nested_loss(recon, targets, distance)
+
+
+def test_prefix_weight_is_that_of_the_shorter_level():
+    torch.manual_seed(0)
+    model = TINY["tokenizer"]()
+    images, levels = noise(3, 3, S, S), sample_levels(3, N)
+    recs = []
+    for weight in (0.0, 1.0, 0.25):
+        args = Namespace(prefix_weight=weight, perceptual=0.5)
+        losses = train_tokenizer.tokenizer_losses(model, images, levels, model.edges, squared_error,
+                                                  None, args, Job("cpu"))[0]
+        assert losses["perceptual"] == losses["rec"]        # here both are the squared error
+        recs.append(losses["rec"].item())
+    full, both, quarter = recs
+    assert both > full + 0.01
+    assert quarter == pytest.approx(full + 0.25 * (both - full), rel=1e-5)
 
 
 def overfit(model, lr, steps, loss_of):

@@ -60,7 +60,7 @@ class TrainingSettings:
 @dataclass
 class TokenizerSettings:
     """The weights of the losses, and the evaluation."""
-    prefix_weight: float = setting(0.25, "weight of the random shorter level; the whole has 1")
+    prefix_weight: float = setting(1.0, "weight of the shorter level; the full one has 1")
     perceptual: float = setting(0.0, "weight of the perceptual loss; 0 = none")
     perceptual_start: int = setting(0, "step at which the perceptual loss begins")
     perceptual_net: str = setting("vgg", "vgg: LPIPS, downloaded; classifier: a small network "
@@ -75,10 +75,12 @@ class TokenizerSettings:
 PRESETS = {
     # minutes on a laptop CPU; with patches of 8 instead of 4 a step takes about half the time
     "shapes": dict(patch_size=8, gpt=dict(code_images=20_000)),
-    # 70 minutes on one CPU core, 40 % of them for the generator; folders take it, too
+    # 70 minutes on one CPU core, 40 % of them for the generator; folders take it, too.
+    # The small weight leaves more to the full level, which samples are judged by.
     "cifar": dict(
         num_tokens=64, codebook_size=1024, width=192, heads=6, power=0.5, steps=4000, warmup=200,
-        perceptual=0.2, perceptual_start=2000, perceptual_net="classifier", eval_every=500,
+        prefix_weight=0.25, perceptual=0.2, perceptual_start=2000, perceptual_net="classifier",
+        eval_every=500,
         gpt=dict(width=256, depth=6, heads=8, steps=2000, warmup=200, ema=0.995, eval_every=500)),
     # the paper's size: ViT-B encoder and decoder, d16 generator; Muon was not tried here
     "imagenet": dict(
@@ -194,7 +196,8 @@ def tokenizer_losses(model, images, levels, edges, perceptual, discriminator, ar
         full = recon[:, 0]
 
         # Each level against its own sub-image: this is what orders the tokens.
-        weights = torch.tensor([1.0, args.prefix_weight][:levels.shape[1]], device=job.device)
+        weights = torch.full(levels.shape[1:], args.prefix_weight, device=job.device)   # (G,)
+        weights[0] = 1                                   # of the full level
         losses["rec"] = nested_loss(recon, targets, weights=weights)
         loss = losses["rec"]
         if perceptual:
