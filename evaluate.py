@@ -126,7 +126,7 @@ def load_network(args, data, image_size, job):
         load = partial(load_inception, args.inception, job.device)
     else:
         own = shipped(f"judge-{args.data}.pt") or args.out / "classifier.pt"
-        load = partial(load_classifier, args.classifier, own, JUDGE, args.data, data, image_size,
+        load = partial(find_classifier, args.classifier, own, JUDGE, args.data, data, image_size,
                        job)
     return first_rank_first(load, job)
 
@@ -1046,7 +1046,7 @@ def load_perceptual(train, val, image_size, args, job):
             return load_lpips(job.device)
         named = None if net == "classifier" else net
         own = shipped(f"perceptual-{args.data}.pt") or args.out / "perceptual.pt"
-        return load_classifier(named, own, PERCEPTUAL, args.data, (train, val), image_size,
+        return find_classifier(named, own, PERCEPTUAL, args.data, (train, val), image_size,
                                job).distance
     return first_rank_first(load, job)
 
@@ -1166,7 +1166,7 @@ def shipped(name):
     return path if path.exists() else None
 
 
-def load_classifier(named, own, kind, data_name, data, image_size, job):
+def find_classifier(named, own, kind, data_name, data, image_size, job):
     """The classifier, of kind JUDGE or PERCEPTUAL, in the file that a flag has named, or else in
     the run's own, which is trained on data (train, val) when absent. data None: any will do."""
     path = Path(named or own)
@@ -1181,6 +1181,11 @@ def load_classifier(named, own, kind, data_name, data, image_size, job):
         path.parent.mkdir(parents=True, exist_ok=True)
         save_checkpoint(path, "classifier", **about | kind, accuracy=accuracy,
                         model=model.state_dict())
+    return load_classifier(path, job.device, **about)
+
+
+def load_classifier(path, device="cpu", **about):
+    """The Classifier in a file. UserError when it is of other data, size .. than `about` says."""
     saved = read_checkpoint(path, "classifier")
     saved["data"] = Path(saved.get("data", "")).name
     for name, value in about.items():
@@ -1190,7 +1195,7 @@ def load_classifier(named, own, kind, data_name, data, image_size, job):
                        saved.get("pool", False))
     model.load_state_dict(saved["model"])
     print(f"{path}: test accuracy {saved['accuracy']:.1%}")
-    model.to(job.device, memory_format=torch.channels_last)
+    model.to(device, memory_format=torch.channels_last)
     return model.eval().requires_grad_(False)
 
 
