@@ -5,7 +5,6 @@
   python sample.py --progressive --gif               # after 1, 2, 4 ... tokens; after each
   python sample.py --tokens 8                        # stop after 8 tokens: the low frequencies
   python sample.py --upscale photo.jpg --keep 4      # keep its first 4 tokens, sample the others
-  python sample.py --weights docs/weights/cifar10.pt # a trained generator that comes with the code
   torchrun --nproc-per-node 8 -- sample.py --npz samples.npz --num 50000   # for evaluate.py
 
 Image i of a seed has random numbers of its own, whatever the batch size and the number of
