@@ -88,6 +88,7 @@ def parse_args(argv=None):
 
 def main(args):
     job = start_job(args)
+    args.out.mkdir(parents=True, exist_ok=True)
     commands = dict(compare=run_compare, generation=run_generation,
                     reconstruction=run_reconstruction, truncation=run_truncation, probe=run_probe)
     rows = commands[args.command](args, job)
@@ -95,7 +96,6 @@ def main(args):
         print_table(rows)
         flags = vars(args) | dict(out=str(args.out))
         record = dict(command=" ".join(sys.argv), flags=flags, results=rows)
-        args.out.mkdir(parents=True, exist_ok=True)
         with open(args.out / "evaluations.jsonl", "a") as file:
             file.write(json.dumps(record) + "\n")
 
@@ -125,8 +125,8 @@ def load_network(args, data, image_size, job):
     if args.features == "inception":
         load = partial(load_inception, args.inception, job.device)
     else:
-        own = shipped(f"judge-{args.data}.pt") or args.out / "classifier.pt"
-        load = partial(find_classifier, args.classifier, own, JUDGE, args.data, data, image_size,
+        usual = shipped(f"judge-{args.data}.pt") or args.out / "classifier.pt"
+        load = partial(find_classifier, args.classifier, usual, JUDGE, args.data, data, image_size,
                        job)
     return first_rank_first(load, job)
 
@@ -1045,8 +1045,8 @@ def load_perceptual(train, val, image_size, args, job):
         if net == "vgg":
             return load_lpips(job.device)
         named = None if net == "classifier" else net
-        own = shipped(f"perceptual-{args.data}.pt") or args.out / "perceptual.pt"
-        return find_classifier(named, own, PERCEPTUAL, args.data, (train, val), image_size,
+        usual = shipped(f"perceptual-{args.data}.pt") or args.out / "perceptual.pt"
+        return find_classifier(named, usual, PERCEPTUAL, args.data, (train, val), image_size,
                                job).distance
     return first_rank_first(load, job)
 
@@ -1161,15 +1161,15 @@ PERCEPTUAL = dict(widths=(32, 64, 128, 128), seed=1)
 
 
 def shipped(name):
-    """A file that comes with the code, or None: two people's numbers compare by the same judge."""
+    """A file of docs/weights, or None. It comes with the code, so that all have the same judge."""
     path = Path(__file__).parent / "docs" / "weights" / name
     return path if path.exists() else None
 
 
-def find_classifier(named, own, kind, data_name, data, image_size, job):
+def find_classifier(named, usual, kind, data_name, data, image_size, job):
     """The classifier, of kind JUDGE or PERCEPTUAL, in the file that a flag has named, or else in
-    the run's own, which is trained on data (train, val) when absent. data None: any will do."""
-    path = Path(named or own)
+    the usual one, which is trained on data (train, val) when absent. data None: any will do."""
+    path = Path(named or usual)
     about = {}
     if data:
         # A folder's own name, because it may be moved. The seed tells which kind it is.
@@ -1185,7 +1185,7 @@ def find_classifier(named, own, kind, data_name, data, image_size, job):
 
 
 def load_classifier(path, device="cpu", **about):
-    """The Classifier in a file. UserError when it is of other data, size .. than `about` says."""
+    """The Classifier in a file. about: what the file must say, such as image_size=32."""
     saved = read_checkpoint(path, "classifier")
     saved["data"] = Path(saved.get("data", "")).name
     for name, value in about.items():
@@ -1241,8 +1241,10 @@ def augment(images):
     image = torch.arange(B)[:, None, None]
     images = images[image, :, rows[:, :, None], columns[:, None]].permute(0, 3, 1, 2)
     # Without the square (cutout) a network that sees CIFAR-10 twenty times learns it by heart.
-    rows, columns = ((torch.randint(S, (B, 1)) - torch.arange(S)).abs() <= pad for _ in "rc")
-    return torch.where(rows[:, None, :, None] & columns[:, None, None], 127.5, images)
+    near_row = (torch.randint(S, (B, 1)) - torch.arange(S)).abs() <= pad           # (B, S)
+    near_column = (torch.randint(S, (B, 1)) - torch.arange(S)).abs() <= pad
+    square = near_row[:, None, :, None] & near_column[:, None, None]               # (B, 1, S, S)
+    return torch.where(square, 127.5, images)
 
 
 # ---- Inception-v3 as in the 2015 TensorFlow graph that FID is defined by ------------------------

@@ -17,8 +17,8 @@ from functools import lru_cache
 from pathlib import Path
 
 from spectralar import (Help, Sampling, UserError, add_settings, autocast, barrier, base_parser,
-                        code_fingerprint, config_from_flags, load_generator, load_tokenizer,
-                        one_line, parse_flags, random_streams, read_checkpoint, run_script,
+                        code_fingerprint, config_from_flags, flags_of_run, load_generator,
+                        load_tokenizer, one_line, parse_flags, random_streams, run_script,
                         start_job, to_float, to_uint8, whole_file)
 
 import numpy as np
@@ -211,22 +211,18 @@ def add_sampling_flags(parser):
     """The flags of every command that samples."""
     add_settings(parser, "sampling", Sampling, dict(cfg=2.0))
     add = parser.add_argument_group("decoding").add_argument
-    add("--weights", metavar="FILE", help="a gpt.pt, which carries its tokenizer; it also tells "
-        "--data (the files in --out)")
+    add("--weights", metavar="FILE", help="a gpt.pt from elsewhere; it also tells --data (the "
+        "files in --out)")
     add("--tokens", type=int, help="stop after this many tokens (all)")
     add("--tokenizer", metavar="FILE", help="decode by this tokenizer.pt of the same codes, such "
         "as one of train_tokenizer.py --finetune-decoder (the one in gpt.pt)")
 
 
 def parse_sampling_flags(parser, argv):
-    """The flags. --weights tells the data set where --data does not."""
+    """The flags. --data is that of --weights where the command line gives none."""
     args = parse_flags(parser, argv)
     if args.weights:
-        try:
-            saved = read_checkpoint(args.weights, "gpt", mmap=True)
-        except UserError as error:
-            parser.error(str(error))
-        parser.set_defaults(data=saved["args"]["data"])
+        parser.set_defaults(data=flags_of_run(parser, args.weights, "gpt")["data"])
         args = parse_flags(parser, argv)
     return args
 

@@ -941,6 +941,14 @@ def parse_flags(parser, argv):
     return args
 
 
+def flags_of_run(parser, path, kind):
+    """{flag: value} of the run that saved a checkpoint; the parser tells what is wrong with it."""
+    try:
+        return read_checkpoint(path, kind, mmap=True)["args"]
+    except UserError as error:
+        parser.error(str(error))
+
+
 def add_settings(parser, title, settings, preset):
     """One flag per field of a dataclass (see setting). A preset may change the default."""
     add = parser.add_argument_group(title).add_argument

@@ -719,11 +719,12 @@ def test_prefix_weight_is_that_of_the_shorter_level():
     recs = []
     for weight in (0.0, 1.0, 0.25):
         args = Namespace(prefix_weight=weight, perceptual=0.5)
-        losses, *_ = train_tokenizer.tokenizer_losses(
+        losses, recon, *_ = train_tokenizer.tokenizer_losses(
             model, images, levels, model.edges, squared_error, None, args, Job("cpu"))
         assert losses["perceptual"] == losses["rec"]        # here both are the squared error
         recs.append(losses["rec"].item())
     full, both, quarter = recs
+    assert full == pytest.approx(squared_error(recon, images).mean().item(), rel=1e-5)
     assert both > full + 0.01
     assert quarter == pytest.approx(full + 0.25 * (both - full), rel=1e-5)
 
@@ -2093,6 +2094,20 @@ def test_classifier_is_read_back_whether_it_pools_or_strides(tmp_path):
         assert torch.equal(found(images)[2], model(images)[2])
 
 
+def test_cifar10s_networks_come_with_the_code(tmp_path, capsys):
+    """Nothing is trained, and the loss cannot be its own judge: they are of different seeds."""
+    names = "airplane automobile bird cat deer dog frog horse ship truck".split()
+    data = evaluate.InMemory(pictures(0, 4, 32, 32), torch.arange(4), names)
+    args = Namespace(data="cifar10", out=tmp_path, features="classifier", classifier=None,
+                     perceptual_net="classifier")
+    judge = evaluate.load_network(args, (data, data), 32, Job("cpu"))
+    distance = evaluate.load_perceptual(data, data, 32, args, Job("cpu"))
+    assert judge(data.images)[2].shape == (4, 10)
+    assert distance(noise(4, 3, 32, 32), noise(4, 3, 32, 32, seed=1)).min() > 0.1
+    assert "test accuracy 93.2%" in capsys.readouterr().out
+    assert not [*tmp_path.iterdir()]
+
+
 @torch.no_grad()
 def test_classifier_distance_is_that_of_unit_features():
     """The features of the stem and of each stage get unit length at each pixel."""
@@ -2579,8 +2594,8 @@ def test_weights_from_elsewhere_name_their_data_and_lend_their_tokenizer(trained
     file = tmp_path / "small.pt"
     torch.save(saved, file)
     monkeypatch.chdir(tmp_path)
-    for script, flags in ((sample_script, f"--weights {file}"),
-                          (evaluate, f"probe --weights {file} --num 500")):
+    for script, flags in ((evaluate, f"probe --weights {file} --num 500"),
+                          (sample_script, f"--weights {file}")):
         args = script.parse_args(shlex.split(f"{flags} {MACHINE}"))
         assert str(args.out) == "out/shapes"
         run_script(script.main, args)

@@ -24,10 +24,11 @@ from dataclasses import asdict, dataclass, fields
 from itertools import count
 
 from spectralar import (Block, Help, SpectralTokenizer, TokenizerConfig, UserError, add_settings,
-                        all_sum, autocast, base_parser, config_from_flags, gather, load_tokenizer,
-                        low_pass, nested_loss, one_line, parse_flags, random_streams,
-                        read_checkpoint, run_script, sample_levels, save_checkpoint, setting,
-                        start_job, sub_images, to_float, to_uint8, uniforms)
+                        all_sum, autocast, base_parser, config_from_flags, flags_of_run, gather,
+                        load_tokenizer, low_pass, nested_loss, one_line, parse_flags,
+                        random_streams, read_checkpoint, run_script, sample_levels,
+                        save_checkpoint, setting, start_job, sub_images, to_float, to_uint8,
+                        uniforms)
 
 import torch
 import torch.nn as nn
@@ -76,7 +77,7 @@ PRESETS = {
     # minutes on a laptop CPU; with patches of 8 instead of 4 a step takes about half the time
     "shapes": dict(patch_size=8, gpt=dict(code_images=20_000)),
     # 70 minutes on one CPU core, 40 % of them for the generator; folders take it, too.
-    # The small weight leaves more to the full level, which samples are judged by.
+    # The small prefix_weight favours the full level, by which samples are judged (claim G).
     "cifar": dict(
         num_tokens=64, codebook_size=1024, width=192, heads=6, power=0.5, steps=4000, warmup=200,
         prefix_weight=0.25, perceptual=0.2, perceptual_start=2000, perceptual_net="classifier",
@@ -363,10 +364,7 @@ def parse_training_flags(parser, argv, kind):
     """The flags. With --resume, those of the saved run stand where the command line gives none."""
     args = parse_flags(parser, argv)
     if args.resume:
-        try:
-            saved = read_checkpoint(args.out / f"{kind}.pt", kind, mmap=True)["args"]
-        except UserError as error:
-            parser.error(str(error))
+        saved = flags_of_run(parser, args.out / f"{kind}.pt", kind)
         # These belong to this call and this machine.
         for name in ("resume", "overwrite", "out", "device", "workers"):
             saved.pop(name)
