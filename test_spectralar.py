@@ -2966,6 +2966,7 @@ def test_readme_docs_and_docstring_commands_parse(tmp_path, monkeypatch):
     for name, text in documents().items():
         sources[name] = "\n".join(code_blocks(text) + inline_code(text))
     monkeypatch.chdir(tmp_path)
+    Path("docs").symlink_to(ROOT / "docs")                  # --weights reads its file
     wrong = []
     for name, text in sources.items():
         commands = commands_in(text)
@@ -3032,15 +3033,27 @@ class Prompt(InteractiveConsole):
 
 
 @pytest.mark.documents
-def test_tour_prints_what_it_says(capsys):
-    """The stops that need no checkpoint are typed line by line. So the test also finds a loop that
-    lacks the empty line after it."""
-    text = documents()["docs/tour.md"].split('load_generator("out/')[0]
-    pairs = re.findall(r"^```python\n(.*?)^```\n(?:```text\n(.*?)^```)?", text, re.M | re.S)
-    assert len(pairs) > 6
-    prompt = Prompt()
-    for block, printed in pairs:
-        assert prompt.typed(block, capsys) == printed
+def test_tour_prints_what_it_says(tmp_path, capsys, monkeypatch):
+    """All is typed line by line. So the test also finds a loop that lacks the empty line after it.
+    Stops 1 to 6 are equal to the letter. From stop 7 on, a machine's rounding may change a code
+    here and there, and a sample with it: there a number may differ by a twentieth."""
+    monkeypatch.chdir(tmp_path)
+    Path("docs").symlink_to(ROOT / "docs")
+    pairs = re.findall(r"^```python\n(.*?)^```\n(?:```text\n(.*?)^```)?",
+                       documents()["docs/tour.md"], re.M | re.S)
+    assert len(pairs) > 12
+    prompt, number, tolerance = Prompt(), r"\d+\.?\d*", 0.0
+    try:
+        for block, printed in pairs:
+            if "load_generator(" in block:
+                tolerance = 0.05
+            shown = prompt.typed(block, capsys)
+            assert re.sub(number, "", shown) == re.sub(number, "", printed)
+            expected = [float(x) for x in re.findall(number, printed)]
+            found = [float(x) for x in re.findall(number, shown)]
+            assert found == pytest.approx(expected, rel=tolerance, abs=tolerance), shown
+    finally:
+        torch.set_grad_enabled(True)
 
 
 # -------------------------------------------------------------------------------------------------

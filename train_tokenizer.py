@@ -80,7 +80,7 @@ PRESETS = {
     # The small prefix_weight favours the full level, by which samples are judged (claim G).
     "cifar": dict(
         num_tokens=64, codebook_size=1024, width=192, heads=6, power=0.5, steps=4000, warmup=200,
-        prefix_weight=0.25, perceptual=0.2, perceptual_start=2000, perceptual_net="classifier",
+        prefix_weight=0.25, perceptual=0.5, perceptual_start=1500, perceptual_net="classifier",
         eval_every=500,
         gpt=dict(width=256, depth=6, heads=8, steps=2000, warmup=200, ema=0.995, eval_every=500)),
     # the paper's size: ViT-B encoder and decoder, d16 generator; Muon was not tried here
