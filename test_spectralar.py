@@ -3036,7 +3036,7 @@ class Prompt(InteractiveConsole):
 def test_tour_prints_what_it_says(tmp_path, capsys, monkeypatch):
     """All is typed line by line. So the test also finds a loop that lacks the empty line after it.
     Stops 1 to 6 are equal to the letter. From stop 7 on, a machine's rounding may change a code
-    here and there, and a sample with it: there a number may differ by a twentieth."""
+    here and there, and a sample with it: there a number may differ by a tenth."""
     monkeypatch.chdir(tmp_path)
     Path("docs").symlink_to(ROOT / "docs")
     pairs = re.findall(r"^```python\n(.*?)^```\n(?:```text\n(.*?)^```)?",
@@ -3046,7 +3046,7 @@ def test_tour_prints_what_it_says(tmp_path, capsys, monkeypatch):
     try:
         for block, printed in pairs:
             if "load_generator(" in block:
-                tolerance = 0.05
+                tolerance = 0.1
             shown = prompt.typed(block, capsys)
             assert re.sub(number, "", shown) == re.sub(number, "", printed)
             expected = [float(x) for x in re.findall(number, printed)]
