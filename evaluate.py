@@ -89,6 +89,8 @@ def parse_args(argv=None):
 def main(args):
     job = start_job(args)
     args.out.mkdir(parents=True, exist_ok=True)
+    for path in filter(None, [*args.paths, args.reference]):
+        os.stat(path)               # a wrong name fails here, not after the samples are measured
     commands = dict(compare=run_compare, generation=run_generation,
                     reconstruction=run_reconstruction, truncation=run_truncation, probe=run_probe)
     rows = commands[args.command](args, job)
@@ -122,6 +124,8 @@ def run_compare(args, job):
 
 def load_network(args, data, image_size, job):
     """The network that measures: InceptionV3, or the classifier of a run's data (train, val)."""
+    # cuDNN convolves in float32. Its default, TF32, keeps 10 bits of each number.
+    torch.backends.cudnn.conv.fp32_precision = "ieee"
     if args.features == "inception":
         load = partial(load_inception, args.inception, job.device)
     else:
@@ -180,7 +184,7 @@ def run_generation(args, job):
 def measure_generation(gpt, tokenizer, network, train, levels, args, job):
     """Rows of samples decoded at each level, against training images or --reference."""
     num = args.num or (50_000 if args.features == "inception" else 10_000)
-    if args.reference:                              # first: its name may be wrong
+    if args.reference:
         reference = measure_path(args.reference, None, network, args, job)
     else:
         chosen = pick_images(len(train), 50_000)
@@ -234,7 +238,9 @@ def measure_reconstructions(tokenizer, network, val, levels, args, job):
             copies = to_uint8(tokenizer.decode(codes[-1], level))
             pool, _, logits = network(copies)
             moments[level].add(pool)
-            score = [logits.argmax(-1).cpu() == labels, psnr(copies, images), ssim(copies, images)]
+            # An exact copy counts as 100 dB. Infinity would be the mean of all images.
+            score = [logits.argmax(-1).cpu() == labels, psnr(copies, images).clamp(max=100),
+                     ssim(copies, images)]
             if lpips is not None:
                 score.append(lpips(to_float(copies), to_float(images)))
             scores[level].append(torch.stack([x.cpu().double() for x in score], 1))
@@ -955,7 +961,8 @@ def read_table(root, name, separator):
 
 def hold_out(root, classes):
     """(train, val), each {class name: files}; val gets about 5 % of the files, at least one. The
-    hash of its name decides about a file, so that a new one changes nothing for the others."""
+    hash of its name decides about a file, so that a new one changes nothing for the others (but
+    it may below about 60 files, which can lack two such names)."""
     def number(file):
         name = Path(file).relative_to(root).as_posix()
         return int(hashlib.sha256(name.encode()).hexdigest(), 16) % 10_000
@@ -1257,8 +1264,6 @@ def load_inception(path=None, device="cpu"):
     model = InceptionV3()
     model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True) if path else
                           load_published(INCEPTION_URL, "6726825d"))
-    # cuDNN convolves in float32. Its default, TF32, keeps 10 bits of each number.
-    torch.backends.cudnn.conv.fp32_precision = "ieee"
     return model.to(device, memory_format=torch.channels_last).requires_grad_(False)
 
 

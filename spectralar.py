@@ -477,7 +477,8 @@ class SpectralTokenizer(nn.Module):
 
 
 def sine_positions(side, width):
-    """(side * side, width): sines and cosines of y and x at width / 4 frequencies, of std 0.5."""
+    """(side * side, width): sines and cosines of y and x at width / 4 frequencies.
+    Their mean square is 1/4."""
     frequency = 100 ** (-torch.arange(width // 4) / (width // 4))
     y, x = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
     y = y.reshape(-1, 1) * frequency

@@ -64,8 +64,8 @@ from spectralar import (GPT, Block, GPTConfig, Job, SpectralTokenizer, Tokenizer
                         nested_loss, random_streams, run_script, sample_from_logits, sample_levels,
                         save_checkpoint, sine_positions, squared_error, sub_images, to_float, to_uint8,
                         uniforms)
-from train_tokenizer import (PRESETS, Discriminator, Muon, hinge_loss, lr_at, make_optimizers,
-                             optimizer_step, orthogonalize, update_ema)
+from train_tokenizer import (PRESETS, Discriminator, Muon, discriminator_loss, lr_at,
+                             make_optimizers, optimizer_step, orthogonalize, update_ema)
 
 ROOT = Path(__file__).parent
 SCRIPTS = {"train_tokenizer.py": train_tokenizer, "train_gpt.py": train_gpt,
@@ -1317,11 +1317,13 @@ def test_inception_equals_torch_fidelitys(inception):
 
 def test_inception_convolves_in_float32(inception):
     """By default cuDNN rounds to TF32, which has 10 bits."""
+    args = Namespace(features="inception", inception=inception[0])
+    network = evaluate.load_network(args, None, None, Job("cpu"))
     seen = []
-    first = next(m for m in inception[1].modules() if isinstance(m, torch.nn.Conv2d))
+    first = next(m for m in network.modules() if isinstance(m, torch.nn.Conv2d))
     hook = first.register_forward_hook(
         lambda *_: seen.append(torch.backends.cudnn.conv.fp32_precision))
-    inception[1](pictures(103, 1, 32, 32))
+    network(pictures(103, 1, 32, 32))
     hook.remove()
     assert seen == ["ieee"]
 
@@ -1522,6 +1524,12 @@ def test_reconstruction_is_measured_as_defined(judged):
         assert len(row) == len(expected) + 5                # the bands: see truncation
 
 
+def test_an_exact_copy_does_not_make_the_mean_infinite(judged, monkeypatch):
+    monkeypatch.setattr(evaluate, "psnr", lambda a, b: psnr(a, a))
+    call(evaluate, judged, "reconstruction --num 4")
+    assert last_record(judged)["results"][0]["PSNR"] == 100
+
+
 @torch.no_grad()
 def test_reconstruction_has_lpips_of_weight_files(judged, tmp_path, monkeypatch):
     """The files lie where torch.hub puts them. They have the published layout: torchvision's VGG16,
@@ -1653,6 +1661,7 @@ def broken_npz(folder):
 @pytest.mark.parametrize("flags, message", [
     ("compare {tmp}/good.npz", "compare takes two paths"),
     ("compare {tmp}/absent {tmp}/good.npz", "No such file or directory: '{tmp}/absent'"),
+    ("compare {tmp}/empty {tmp}/absent", "No such file or directory: '{tmp}/absent'"),
     ("compare {tmp}/empty {tmp}/good.npz", "empty has 0 images"),
     ("compare {tmp}/float.npz {tmp}/good.npz", "arr_0 is float64"),
     ("compare {tmp}/planes.npz {tmp}/good.npz", "(3, 3, 16, 16)"),
@@ -2561,7 +2570,8 @@ def test_adversarial_losses_equal_their_formulas():
     real, fake = noise(5, 7), noise(5, 7, seed=1)
     r, f = real.flatten().tolist(), fake.flatten().tolist()
     expected = (sum(max(1 - x, 0) for x in r) + sum(max(1 + x, 0) for x in f)) / 70
-    assert hinge_loss(real, fake).item() == pytest.approx(expected, rel=1e-5)
+    found = discriminator_loss(torch.nn.Identity(), real, fake, Job("cpu"))
+    assert found.item() == pytest.approx(expected, rel=1e-5)
 
     discriminator = Discriminator().requires_grad_(False)
     assert discriminator(noise(2, 3, 64, 64)).shape == (2, 1, 8, 8)

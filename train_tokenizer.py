@@ -76,7 +76,7 @@ class TokenizerSettings:
 PRESETS = {
     # minutes on a laptop CPU; with patches of 8 instead of 4 a step takes about half the time
     "shapes": dict(patch_size=8, gpt=dict(code_images=20_000)),
-    # 70 minutes on one CPU core, 40 % of them for the generator; folders take it, too.
+    # one to two hours on one CPU core, 40 % of them for the generator; folders take it, too.
     # The small prefix_weight favours the full level, by which samples are judged (claim G).
     "cifar": dict(
         num_tokens=64, codebook_size=1024, width=192, heads=6, power=0.5, steps=4000, warmup=200,
@@ -713,11 +713,8 @@ def discriminator_loss(discriminator, images, recon, job):
     """Hinge loss of images and their reconstructions (b, 3, S, S)."""
     with autocast(job):
         logits = discriminator(torch.cat([images, recon]))
-    return hinge_loss(*logits.chunk(2))
-
-
-def hinge_loss(real, fake):
-    """The discriminator's loss: logits of real patches are pushed above 1, others below -1."""
+    real, fake = logits.chunk(2)
+    # Logits of real patches are pushed above 1, those of reconstructions below -1.
     return (F.relu(1 - real).mean() + F.relu(1 + fake).mean()) / 2
 
 
