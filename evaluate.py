@@ -238,7 +238,7 @@ def measure_reconstructions(tokenizer, network, val, levels, args, job):
             copies = to_uint8(tokenizer.decode(codes[-1], level))
             pool, _, logits = network(copies)
             moments[level].add(pool)
-            # An exact copy counts as 100 dB. Infinity would be the mean of all images.
+            # An exact copy counts as 100 dB. One infinite value would make the mean infinite.
             score = [logits.argmax(-1).cpu() == labels, psnr(copies, images).clamp(max=100),
                      ssim(copies, images)]
             if lpips is not None:
@@ -961,8 +961,8 @@ def read_table(root, name, separator):
 
 def hold_out(root, classes):
     """(train, val), each {class name: files}; val gets about 5 % of the files, at least one. The
-    hash of its name decides about a file, so that a new one changes nothing for the others (but
-    it may below about 60 files, which can lack two such names)."""
+    hash of its name decides about a file, so that a new one changes nothing for the others.
+    Only a folder of fewer than about 60 files may choose anew."""
     def number(file):
         name = Path(file).relative_to(root).as_posix()
         return int(hashlib.sha256(name.encode()).hexdigest(), 16) % 10_000

@@ -184,7 +184,7 @@ def write_npz(gpt, tokenizer, classes, args, job):
 
 def own_batches(count, size, job):
     """The row numbers of each batch of this process: the processes take the batches in turn."""
-    size = max(1, min(size, count // job.ranks))                 # each gets some, if it can
+    size = max(1, min(size, count // job.ranks))   # each process gets a batch, if it can
     return torch.arange(count).split(size)[job.rank::job.ranks]
 
 
