@@ -19,7 +19,6 @@ train_gpt.py, what a user may do wrong, README and docs.
 import ast
 import copy
 import hashlib
-import importlib
 import json
 import math
 import os
@@ -41,7 +40,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageCms, ImageColor
+from PIL import Image, ImageColor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
@@ -54,16 +53,15 @@ from evaluate import (COLOURS, JUDGE, LPIPS, SHAPES, Classifier, Folder, Incepti
                       Shapes, band_energy, batch_indices, codebook_use, effective_rank,
                       find_classifier, frechet_distance, inception_score, line_chart, linear_r2,
                       load_classifier, load_inception, open_cifar, open_folder, pick_images,
-                      precision_recall, psnr, ssim, tf1_resize, train_classifier)
-from sample import (any_crop, balanced_labels, center_crop, decode_image, find_class, image_grid,
-                    spread_levels, upright_rgb)
+                      precision_recall, psnr, ssim, train_classifier)
+from sample import any_crop, center_crop, decode_image, find_class, spread_levels
 from spectralar import (GPT, Block, GPTConfig, Job, SpectralTokenizer, TokenizerConfig, UserError,
                         VectorQuantizer, attention, band_edges, causal_mask, code_fingerprint,
-                        config_from_flags, dct2, dct_matrix, decoder_mask, encoder_mask, idct2,
-                        in_window, largest_window, load_generator, load_tokenizer, low_pass,
-                        nested_loss, random_streams, run_script, sample_from_logits, sample_levels,
-                        save_checkpoint, sine_positions, squared_error, sub_images, to_float, to_uint8,
-                        uniforms)
+                        config_from_flags, dct2, decoder_mask, encoder_mask, idct2, in_window,
+                        largest_window, load_generator, load_tokenizer, low_pass, nested_loss,
+                        random_streams, run_script, sample_from_logits, sample_levels,
+                        save_checkpoint, sine_positions, squared_error, sub_images, to_float,
+                        to_uint8, uniforms)
 from train_tokenizer import (PRESETS, Discriminator, Muon, discriminator_loss, lr_at,
                              make_optimizers, optimizer_step, orthogonalize, update_ema)
 
@@ -98,10 +96,10 @@ P = (S // SIZES["patch_size"]) ** 2
 NO_CLASS = GPT_SIZES["num_classes"]     # the label of unconditional sampling
 
 
-def randomized(model, seed=1):
+def randomized(model):
     """The model in eval mode, with no parameter left at zero. AdaLN and level embeddings start at
     zero, which would hide bugs."""
-    torch.manual_seed(seed)
+    torch.manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))
@@ -117,9 +115,6 @@ def tiny_tokenizer(**changes):
 def tiny_gpt(**changes):
     torch.manual_seed(0)
     return randomized(GPT(GPTConfig(**GPT_SIZES | changes)))
-
-
-TINY = dict(tokenizer=tiny_tokenizer, gpt=tiny_gpt)
 
 
 def noise(*shape, seed=0, dtype=torch.float32):
@@ -341,23 +336,13 @@ def test_dct2_equals_its_definition():
     for u, v in np.ndindex(n, n):
         expected = sum(x[i, j].item() * wave(u, i) * wave(v, j) for i, j in np.ndindex(n, n))
         assert abs(spectrum[u, v] - expected) < 1e-12
-
-
-@pytest.mark.parametrize("n", [1, 7, 32])
-def test_dct_is_orthonormal_and_inverted(n):
-    C = dct_matrix(n, torch.float64)
-    x = noise(2, 3, n, n, dtype=torch.float64)
-    assert torch.allclose(C @ C.T, torch.eye(n, dtype=torch.float64), atol=1e-13)
-    assert torch.allclose(dct2(x).square().sum(), x.square().sum(), rtol=1e-12)     # Parseval
-    assert torch.allclose(idct2(dct2(x)), x, atol=1e-12)
+    assert torch.allclose(idct2(spectrum), x, atol=1e-12)
 
 
 def test_spectrum_stays_float32_under_autocast():
     x = noise_images(2)
     with torch.autocast("cpu", torch.bfloat16):
-        spectrum = dct2(x)
         blurred = low_pass(x, 5)
-    assert torch.equal(spectrum, dct2(x))
     assert torch.equal(blurred, low_pass(x, 5))
     assert low_pass(x.bfloat16(), 5).dtype == torch.float32
 
@@ -388,13 +373,6 @@ def test_low_pass_keeps_the_mean_at_one_and_all_at_the_image_side():
     assert torch.allclose(low_pass(x, 1), mean.expand_as(x), atol=1e-6)
 
 
-def test_low_pass_of_many_windows_equals_each_alone():
-    x = noise_images(4)
-    windows = [1, 5, S, 12]
-    alone = torch.cat([low_pass(x[i:i + 1], window) for i, window in enumerate(windows)])
-    assert torch.allclose(low_pass(x, torch.tensor(windows)), alone, atol=1e-6)
-
-
 # -------------------------------------------------------------------------------------------------
 # spectralar.py 2: mapping
 
@@ -404,22 +382,11 @@ def test_band_edges_grow_from_one_to_the_image(num_tokens, size, power):
     edges = band_edges(num_tokens, size, power)
     assert edges.shape == (num_tokens,)
     assert edges[0] >= 1 and edges[-1] == size
-    assert (edges.diff() >= 0).all()
     for i, edge in enumerate(edges.tolist(), 1):
         exact = size * (i / num_tokens) ** power
         assert abs(edge - exact) <= 0.5 or (edge == 1 and exact < 1)
-
-
-def test_band_edges_are_those_of_their_docstring():
-    """The worked example of its docstring: the windows, and the new coefficients per token."""
-    assert band_edges(4, 32, 1).tolist() == [8, 16, 24, 32]             # power 1 is uniform
-    edges = band_edges(16, 32, 1.5)
-    new = F.pad(edges ** 2, (1, 0)).diff().tolist()
-    text = " ".join(band_edges.__doc__.split())
-    assert " ".join(map(str, edges.tolist())) in text
-    first = " ".join(map(str, new[:6]))
-    last = " ".join(map(str, new[-2:]))
-    assert f"{first} ... {last}" in text
+    example = " ".join(map(str, band_edges(16, 32, 1.5).tolist()))
+    assert example in band_edges.__doc__
 
 
 # -------------------------------------------------------------------------------------------------
@@ -460,8 +427,8 @@ def test_decoder_mask_equals_brute_force(levels, flat):
         assert mask[b, row, column] == sees, (b, row, column)
 
 
-def test_attention_equals_pytorchs():
-    """On a CPU, other lines run with gradients than without. Both must equal the plain formula."""
+def test_attention_equals_its_formula():
+    """On a CPU, other lines run with gradients than without, which are PyTorch's."""
     q, k, v = noise(3, 2, 4, 5, 8).requires_grad_()
     some = noise(2, 1, 5, 5) > 0
     some = some | torch.eye(5, dtype=torch.bool)            # each row sees something
@@ -471,10 +438,7 @@ def test_attention_equals_pytorchs():
         if sees is not None:
             scores = scores.masked_fill(~sees, -math.inf)
         expected = scores.softmax(-1) @ v
-        pytorchs = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal)
-        found = attention(q, k, v, mask, causal)
-        assert torch.allclose(found, expected, atol=1e-6)
-        assert torch.allclose(found, pytorchs, atol=1e-6)
+        assert torch.allclose(attention(q, k, v, mask, causal), expected, atol=1e-6)
         with torch.no_grad():
             assert torch.allclose(attention(q, k, v, mask, causal), expected, atol=1e-6)
 
@@ -505,28 +469,23 @@ def test_quantizer_finds_the_nearest_by_brute_force():
     assert torch.allclose(loss.double(), expected, rtol=1e-5)
 
 
-def test_quantizer_passes_the_gradient_straight_through():
-    """The encoder gets the gradient that it would get without quantization."""
+def test_quantizer_gradients_go_straight_through_and_the_loss_moves_codes_alone():
+    """The encoder gets the gradient that it would get without quantization. A loss that also
+    pulled it kept one CIFAR-10 run in four dimensions."""
     vq = quantizer()
     w = noise(5, 3, 8, seed=1)
     z, other = (noise(5, 3, 8).requires_grad_() for _ in range(2))
-    (vq(z)[0] * w).sum().backward()
+    quantized, codes, loss = vq(z)
+    (quantized * w).sum().backward()
+    assert vq.codebook.grad is None
+    loss.backward()
     (F.normalize(other, dim=-1) * w).sum().backward()
     assert torch.equal(z.grad, other.grad) and z.grad.any()
-    assert vq.codebook.grad is None
 
-
-def test_quantizer_loss_moves_codes_alone():
-    """A loss that also pulled the encoder kept one CIFAR-10 run in four dimensions."""
-    vq = quantizer()
-    z = noise(5, 3, 8).requires_grad_()
-    _, codes, loss = vq(z)
-    loss.backward()
     table = vq.codebook.detach().clone().requires_grad_()
     e = F.normalize(table, dim=-1)[codes]
     (F.normalize(z.detach(), dim=-1) - e).square().mean().backward()
     assert torch.allclose(vq.codebook.grad, table.grad, atol=1e-7)
-    assert z.grad is None or not z.grad.any()
 
 
 def test_quantizer_is_float32_under_autocast():
@@ -554,18 +513,6 @@ def test_quantizer_revives_dead_codes_and_leaves_live_ones():
     assert (F.normalize(z, dim=-1) == vq.codebook[3]).all(-1).any()
     assert (vq(z)[1] == 3).any()
     assert torch.equal(vq.codebook[:3], axes[:3])
-
-
-@torch.no_grad()
-def test_quantizer_starts_from_the_first_batch():
-    torch.manual_seed(0)
-    vq = VectorQuantizer(K, 8)
-    vq.init_weights()
-    old = vq.codebook.clone()
-    z = noise(50, 8)
-    vq.update(z, torch.zeros(50, dtype=torch.long))         # all chose code 0: only it stays
-    assert torch.equal(vq.codebook[0], old[0])
-    assert (vq.codebook[1:, None] == F.normalize(z, dim=-1)).all(-1).any(1).all()
 
 
 # -------------------------------------------------------------------------------------------------
@@ -609,19 +556,6 @@ def test_encoder_leaks_with_the_figures_mask():
 
 
 @torch.no_grad()
-def test_shorter_tokenizer_gives_a_prefix_of_the_codes():
-    long, short = tiny_tokenizer(), tiny_tokenizer(num_tokens=4)
-    state = long.state_dict()
-    for name in ("queries", "code_pos", "level_embed"):
-        state[name] = state[name][:4]
-    short.load_state_dict(state)
-    images = noise_images(32)
-    assert torch.equal(short.encode(images), long.encode(images)[:, :4])
-    found, expected = (F.normalize(m.encode_vectors(images)[:, :4], dim=-1) for m in (short, long))
-    assert torch.allclose(found, expected, atol=1e-5)
-
-
-@torch.no_grad()
 @pytest.mark.parametrize("flat", [False, True])
 def test_decoder_level_ignores_later_codes(flat):
     model = tiny_tokenizer(flat=flat)
@@ -656,10 +590,7 @@ def test_flat_tokenizer_sees_all():
 
     model = tiny_tokenizer(flat=True)
     codes, hidden = some_codes(1), []
-
-    def note(module, inputs, output):
-        hidden.append(output[0])
-    model.decoder[-1].register_forward_hook(note)
+    model.decoder[-1].register_forward_hook(lambda _, inputs, output: hidden.append(output))
     model.decode(codes)
     model.decode(number_changed(codes, N - 1))
     assert (hidden[0] != hidden[1]).any(-1).all()           # the last code reaches every position
@@ -688,23 +619,20 @@ def test_training_levels_and_loss_equal_their_definition():
     levels = torch.tensor([[4, 1], [4, 2], [4, 3]])
     edges = band_edges(4, 8, 1)                             # 2 4 6 8
     targets = sub_images(images, levels, edges)
-    squares, largest = 0.0, 0.0
+    squares = 0.0
     for b, g in np.ndindex(3, 2):
         target = low_pass(images[b:b + 1], 2 * levels[b, g].item())[0]
         assert torch.allclose(targets[b, g], target, atol=1e-6)
         squares += (recon[b, g] - target).square().mean() / 3
-        largest += (recon[b, g] - target).max() / 3
 
     def largest_difference(a, b):                           # one number per image
         return (a - b).amax((1, 2, 3))
     assert torch.allclose(nested_loss(recon, targets), squares, rtol=1e-5)
-    assert torch.allclose(nested_loss(recon, targets, largest_difference), largest, rtol=1e-5)
-    # Weights per level, and per image and level. A distance that forgets the images is refused.
-    both = torch.tensor([[1.0, 0], [1, 0], [1, 0]]), torch.tensor([1.0, 0])
+    # Weights per image and level. A distance that forgets the images is refused.
+    weights = torch.tensor([[1.0, 0], [1, 0], [1, 0]])
+    found = nested_loss(recon, targets, largest_difference, weights)
     full = largest_difference(recon[:, 0], targets[:, 0]).mean()
-    for weights in both:
-        found = nested_loss(recon, targets, largest_difference, weights)
-        assert torch.allclose(found, full, rtol=1e-5)
+    assert torch.allclose(found, full, rtol=1e-5)
     with pytest.raises(RuntimeError):                       # two weights for one level
         nested_loss(recon[:, :1], targets[:, :1], largest_difference, torch.ones(2))
     for distance in (F.mse_loss, torch.sub):
@@ -714,7 +642,7 @@ def test_training_levels_and_loss_equal_their_definition():
 
 def test_prefix_weight_is_that_of_the_shorter_level():
     torch.manual_seed(0)
-    model = TINY["tokenizer"]()
+    model = tiny_tokenizer()
     images, levels = noise(3, 3, S, S), sample_levels(3, N)
     recs = []
     for weight in (0.0, 1.0, 0.25):
@@ -774,20 +702,6 @@ def test_gpt_is_causal():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("first", [1, 3])
-def test_gpt_cached_logits_equal_uncached(first):
-    """The first pass holds `first` positions, and each later pass holds one."""
-    model, codes, labels = tiny_gpt(), some_codes(4), torch.arange(4)
-    x = model.embed(codes[:, :-1], labels)
-    modulations = model.modulations(labels)
-    caches = model.new_caches(4, torch.float32)
-    logits = [model.logits(x[:, :first], modulations, caches, 0)]
-    for t in range(first, N):
-        logits.append(model.logits(x[:, t:t + 1], modulations, caches, t))
-    assert torch.allclose(torch.cat(logits, 1), model(codes, labels), atol=1e-5)
-
-
-@torch.no_grad()
 @pytest.mark.parametrize("kept", [0, 1, 4, N])
 @pytest.mark.parametrize("cfg", [1.0, 0.0, 3.0])
 def test_generate_equals_its_definition(cfg, kept):
@@ -803,16 +717,6 @@ def test_generate_equals_its_definition(cfg, kept):
     assert torch.equal(model.generate(labels, cfg, prefix=prefix, seeds=seeds), expected)
 
 
-def test_guidance_one_is_none_and_zero_is_unconditional():
-    model, labels, seeds = tiny_gpt(), torch.arange(10), torch.arange(10)
-    none = model.generate(labels, seeds=seeds)
-    unconditional = model.generate(torch.full_like(labels, NO_CLASS), seeds=seeds)
-    assert torch.equal(model.generate(labels, cfg=1, seeds=seeds), none)
-    assert torch.equal(model.generate(labels, cfg=0, seeds=seeds), unconditional)
-    assert not torch.equal(none, unconditional)
-    assert not torch.equal(none, model.generate(labels, cfg=4, seeds=seeds))
-
-
 @torch.no_grad()
 def test_generate_with_top_k_one_is_greedy():
     model, labels, codes = tiny_gpt(), torch.arange(8), torch.zeros(8, N, dtype=torch.long)
@@ -824,54 +728,27 @@ def test_generate_with_top_k_one_is_greedy():
 
 def test_generate_stops_early_with_the_same_codes():
     model, labels, seeds = tiny_gpt(), torch.arange(8), torch.arange(8)
-    for prefix in (None, some_codes(8)[:, :2]):
-        whole = model.generate(labels, cfg=2, seeds=seeds, prefix=prefix)
-        for stop in range(1, N + 1):
-            codes = model.generate(labels, cfg=2, seeds=seeds, prefix=prefix, stop=stop)
-            stop = max(stop, 0 if prefix is None else 2)    # what is given is never cut
-            assert torch.equal(codes[:, :stop], whole[:, :stop])
-            assert (codes[:, stop:] == 0).all()
-
-
-def frequencies(logits, **how):
-    """How often each code is drawn by an even grid of random numbers."""
-    grid = (torch.arange(20_000).double() + 0.5) / 20_000
-    codes = sample_from_logits(logits.expand(20_000, -1), grid, **how)
-    return torch.bincount(codes, minlength=len(logits)) / 20_000
-
-
-@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
-def test_sample_frequencies_equal_probabilities(temperature):
-    logits = 2 * noise(12)
-    expected = (logits / temperature).softmax(-1)
-    assert (frequencies(logits, temperature=temperature) - expected).abs().max() < 1e-3
+    whole = model.generate(labels, cfg=2, seeds=seeds)
+    for stop in range(1, N + 1):
+        codes = model.generate(labels, cfg=2, seeds=seeds, stop=stop)
+        assert torch.equal(codes, F.pad(whole[:, :stop], (0, N - stop)))
 
 
 @pytest.mark.parametrize("how, kept", [
-    (dict(top_k=2), [1, 3]), (dict(top_k=9), [0, 1, 2, 3, 4]), (dict(top_p=0.3), [1]),
+    (dict(), range(5)), (dict(temperature=0.5), range(5)), (dict(temperature=2.0), range(5)),
+    (dict(top_k=2), [1, 3]), (dict(top_k=9), range(5)), (dict(top_p=0.3), [1]),
     (dict(top_p=0.5), [1, 3]), (dict(top_p=0.9), [0, 1, 3, 4]), (dict(top_p=1e-9), [1]),
     (dict(top_k=2, top_p=0.6), [1])])
-def test_sample_keeps_the_right_codes(how, kept):
+def test_sample_frequencies_equal_probabilities(how, kept):
+    """An even grid of random numbers draws each code as often as its probability says."""
     p = torch.tensor([0.1, 0.4, 0.05, 0.25, 0.2])
-    expected = torch.zeros(5).index_copy(0, torch.tensor(kept), p[kept])
-    assert (frequencies(p.log(), **how) - expected / expected.sum()).abs().max() < 1e-3
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("weights", [1, 2, 3])
-def test_seed_gives_the_same_image_in_any_batch(weights):
-    """The test holds for any weights: rounding flips no code in float64, and the high temperature
-    makes two seeds differ."""
-    model, tokenizer = randomized(tiny_gpt(), weights).double(), tiny_tokenizer()
-    labels, seeds = torch.tensor([3, 1, 4, 1, 5]), torch.tensor([8, 9, 10, 11, 12])
-    how = dict(cfg=1.5, temperature=50.0)
-    together = model.generate(labels, seeds=seeds, **how)
-    for order in ([2], [4, 2, 0], [1, 3]):
-        codes = model.generate(labels[order], seeds=seeds[order], **how)
-        assert torch.equal(codes, together[order])
-        images = tokenizer.decode(codes)
-        assert torch.allclose(images, tokenizer.decode(together)[order], atol=1e-5)
-    assert not torch.equal(together[1], together[3])        # the same class, another seed
+    expected = torch.zeros(5)
+    for code in kept:
+        expected[code] = p[code] ** (1 / how.get("temperature", 1))
+    grid = (torch.arange(20_000).double() + 0.5) / 20_000
+    codes = sample_from_logits(p.log().expand(20_000, -1), grid, **how)
+    found = torch.bincount(codes, minlength=5) / 20_000
+    assert (found - expected / expected.sum()).abs().max() < 1e-3
 
 
 @pytest.mark.parametrize("width, depth, expected, tolerance", [
@@ -901,31 +778,21 @@ def test_gpt_overfits_eight_sequences():
 # spectralar.py 9: checkpoints
 
 def test_checkpoint_round_trip(tmp_path):
+    """A field of the config that is newer than the file takes its default."""
     model, path = tiny_tokenizer(), tmp_path / "tokenizer.pt"
-    content = dict(config=vars(model.config), model=model.state_dict(), step=3)
+    config = {name: value for name, value in vars(model.config).items() if name != "flat"}
+    content = dict(config=config, model=model.state_dict(), step=3)
     save_checkpoint(path, "tokenizer", **content)
     assert read_saved(path)["step"] == 3 and list(tmp_path.iterdir()) == [path]
     loaded = load_tokenizer(path)
-    assert same_weights(loaded, model)
+    assert same_weights(loaded, model) and loaded.config == model.config
     assert not loaded.training
     averages = dict(model.state_dict(), queries=model.queries + 1)
     save_checkpoint(path, "tokenizer", ema=averages, **content)
     assert torch.equal(load_tokenizer(path).queries, averages["queries"])   # not "model"
 
 
-@pytest.mark.parametrize("damage", ["half", "text", "pickle"])
-def test_checkpoint_that_is_damaged_is_told_in_one_line(damage, tmp_path):
-    path = tmp_path / "tokenizer.pt"
-    save_checkpoint(path, "tokenizer", model=tiny_tokenizer().state_dict())
-    whole = path.read_bytes()
-    damaged = dict(half=whole[:len(whole) // 2], text=b"hello world\n",
-                   pickle=b"\x80\x02X\x03\x00\x00\x00\xcf\xcf\xcf.")
-    path.write_bytes(damaged[damage])
-    with pytest.raises(UserError, match=r"^[^\n]*is not a whole checkpoint[^\n]*$"):
-        load_tokenizer(path)
-
-
-def test_checkpoint_of_another_kind_or_format_or_none_is_told(tmp_path):
+def test_checkpoint_that_is_absent_damaged_or_of_another_kind_is_told_in_one_line(tmp_path):
     path = tmp_path / "tokenizer.pt"
     with pytest.raises(UserError, match="tokenizer.pt does not exist"):
         load_tokenizer(path)
@@ -936,8 +803,12 @@ def test_checkpoint_of_another_kind_or_format_or_none_is_told(tmp_path):
     with pytest.raises(UserError, match="format 99"):
         load_tokenizer(path)
     torch.save(dict(kind="tokenizer", config=tmp_path), path)       # a pickle that runs code
-    with pytest.raises(UserError, match="not a whole checkpoint"):
-        load_tokenizer(path)
+    runs_code = path.read_bytes()
+    no_text = b"\x80\x02X\x03\x00\x00\x00\xcf\xcf\xcf."      # of the error, even
+    for damaged in (runs_code, runs_code[:len(runs_code) // 2], b"hello world\n", no_text):
+        path.write_bytes(damaged)
+        with pytest.raises(UserError, match=r"^[^\n]*is not a whole checkpoint[^\n]*$"):
+            load_tokenizer(path)
 
 
 def test_save_that_fails_leaves_the_old_checkpoint(tmp_path, monkeypatch):
@@ -971,14 +842,6 @@ def test_checkpoint_of_another_version_is_told_in_one_line(change, a_copy, capsy
         assert ("rope_base" if change == "field" else "pos") in line
 
 
-def test_config_field_that_is_newer_than_a_checkpoint_takes_its_default(tmp_path):
-    """Otherwise, a new field would make every old checkpoint useless."""
-    model, path = tiny_tokenizer(), tmp_path / "tokenizer.pt"
-    config = {name: value for name, value in vars(model.config).items() if name != "flat"}
-    save_checkpoint(path, "tokenizer", config=config, model=model.state_dict())
-    assert load_tokenizer(path).config == model.config
-
-
 # -------------------------------------------------------------------------------------------------
 # spectralar.py 10: machinery
 
@@ -1006,8 +869,6 @@ def test_random_streams_differ_by_purpose_seed_and_index():
                          for purpose in ("samples", "crops") for seed in seeds])
     assert len(streams.unique()) == len(uniforms(streams, 1).unique()) == 2 * 6 * 8
     assert random_streams("samples", 1, 2 ** 40) == streams[8 + 5]          # each index alone
-    orders = torch.stack([batch_indices(50, 50, 0, seed) for seed in seeds])
-    assert len(orders.unique(dim=0)) == 6
 
 
 # =================================================================================================
@@ -1047,6 +908,7 @@ def test_odd_images_are_read_upright_and_as_rgb(tmp_path):
     clear = halves.convert("RGBA")
     clear.paste((0, 0, 0, 0), (0, 20, 40, 40))
     clear.save(tmp_path / "clear.png")                      # the transparent half becomes white
+    clear.quantize(2).save(tmp_path / "clear-palette.png")
 
     files = sorted(str(file) for file in tmp_path.iterdir())
     for crops in (None, torch.tensor([[1.0, 0, 0]] * len(files))):
@@ -1057,102 +919,39 @@ def test_odd_images_are_read_upright_and_as_rgb(tmp_path):
             assert (found - torch.tensor([(255, 0, 0), lower])).abs().max() <= 2, file
 
 
-ORANGE, ON_WHITE, GREY = (200, 60, 30), (227, 157, 142), (98, 98, 98)
-MODES = [                               # mode, the formats that hold it, how a viewer shows it
-    ("1", "png tiff", (255, 255, 255)), ("L", "png tiff jpeg", GREY),
-    ("P", "png tiff gif", ORANGE), ("RGB", "png tiff webp jpeg", ORANGE), ("RGBX", "", ORANGE), ("CMYK", "tiff jpeg", ORANGE),
-    ("YCbCr", "tiff", ORANGE), ("LAB", "tiff", ORANGE), ("HSV", "", ORANGE),
-    ("LA", "png tiff", (176, 176, 176)), ("PA", "tiff", ON_WHITE),
-    ("RGBA", "png tiff webp", ON_WHITE),
-    ("I", "tiff", None), ("I;16", "png tiff", None), ("I;16B", "tiff", None), ("I;16L", "", None),
-    ("I;16N", "", None), ("F", "tiff", None)]
-
-
-@pytest.mark.parametrize("mode, formats, shown", MODES)
-def test_pictures_of_all_modes_are_read_right_or_refused(mode, formats, shown, tmp_path):
-    """Orange, half transparent where the mode has alpha. None: refused by the file's name, because
-    Pillow would cut it to white or black in silence."""
-    picture = Image.new("RGB", (20, 20), ORANGE)
-    if mode == "LAB":
-        profiles = [ImageCms.createProfile(name) for name in ("sRGB", "LAB")]
-        picture = ImageCms.profileToProfile(picture, *profiles, outputMode="LAB")
-    elif mode == "1" or shown is None:
-        picture = Image.new(mode, (20, 20), 1 if mode == "1" else 200)
-    else:
-        picture = picture.quantize(4) if mode in ("P", "PA") else picture
-        picture = picture.convert(mode)
-        if mode in ("LA", "PA", "RGBA"):
-            picture.putalpha(128)
-
-    def read(how, name):
-        if shown is None:
-            with pytest.raises((UserError, ValueError), match=f"{name}.*convert it to 8 bits"):
-                how()
-        else:
-            assert np.abs(np.array(how()).astype(int) - shown).max() <= 3, name
-    read(lambda: upright_rgb(picture), "")
-    for kind in formats.split():
-        file = tmp_path / f"file.{kind}"
-        picture.save(file, **dict(lossless=True) if kind == "webp" else {})
-        with Image.open(file) as image:
-            assert image.mode == mode
-        read(lambda: decode_image(file, S), file.name)
+def test_pictures_of_more_than_8_bits_are_refused(tmp_path):
+    """Pillow would cut them to white or black."""
+    for mode in ("I", "I;16", "F"):
+        Image.new(mode, (20, 20), 200).save(tmp_path / "deep.tiff")
+        with pytest.raises(UserError, match="deep.tiff.*convert it to 8 bits"):
+            decode_image(tmp_path / "deep.tiff", S)
 
 
 def cells(picture, head=20):
     """The images of a grid of 16 px images, four times enlarged: (rows, columns, 16, 16, 3).
-
-    head: pixels above the first row.
-    """
+    head: pixels above the first row."""
     picture = np.array(picture.convert("RGB")).astype(int)
     left = picture.shape[1] % 66 if picture.shape[1] % 66 > 2 else 2
     rows = [picture[y:y + 64:4, left:] for y in range(head, picture.shape[0], 66)]
     return np.array([[row[:, x:x + 64:4] for x in range(0, row.shape[1], 66)] for row in rows])
 
 
-def test_image_grid_shows_each_image_in_its_place():
-    rows = [Shapes("val", S).batch(torch.arange(4))[0], Shapes("val", S).batch(torch.arange(2))[0]]
-    for names, columns in ((None, None), (["a", "longer"], ["1", "2", "3", "4"])):
-        picture = image_grid(rows, names, columns)
-        shown = cells(picture, head=20 if columns else 2)
-        assert shown.shape == (2, 4, S, S, 3)
-        assert np.array_equal(shown[0], rows[0].permute(0, 2, 3, 1))
-        assert np.array_equal(shown[1, :2], rows[1].permute(0, 2, 3, 1))
-        assert (shown[1, 2:] == 255).all()                  # white where a row has ended
-
-
 # -------------------------------------------------------------------------------------------------
 # sample.py: what it draws
 
-def test_sample_draws_what_it_is_asked_for_from_gpt_pt_alone(trained, tmp_path):
+@torch.no_grad()
+def test_samples_are_a_row_per_class_from_gpt_pt_alone(trained, tmp_path):
     shutil.copy(trained / "gpt.pt", tmp_path)
-    cell = 64 + 2                                           # 16 px, four times enlarged, and a gap
-    for flags, name, rows, columns, head in (
-            ("", "samples", 10, 8, 2), ("--progressive", "progressive", 10, 4, 20),
-            ("--classes 3 7 --num 6 --top-k 5", "samples", 2, 3, 2)):
-        call(sample_script, tmp_path, flags)
-        width, height = Image.open(tmp_path / f"{name}.png").size
-        assert height == head + rows * cell
-        assert 0 < width - columns * cell < 100             # beside the class names
-
-
-def test_sample_is_another_for_another_seed(a_copy):
-    shown = []
-    for flags in ("--batch-size 64", "--batch-size 3", "--batch-size 3 --seed 2"):
-        call(sample_script, a_copy, f"--num 7 {flags}")
-        shown.append(np.array(Image.open(a_copy / "samples.png")).astype(int))
-    assert abs(shown[0] - shown[1]).max() <= 1
-    assert abs(shown[0] - shown[2]).max() > 10
-
-
-def test_picture_is_whole_under_torchrun(a_copy):
-    """The first process draws it alone, with the batches of all."""
-    shown = []
-    call(sample_script, a_copy, "--batch-size 16")
-    shown.append(np.array(Image.open(a_copy / "samples.png")).astype(int))
-    finish(*start_ranks(sample_script, a_copy, "--batch-size 16"))
-    shown.append(np.array(Image.open(a_copy / "samples.png")).astype(int))
-    assert shown[0].shape == shown[1].shape and abs(shown[0] - shown[1]).max() <= 1
+    call(sample_script, tmp_path, "--classes star ring --num 5 --batch-size 2")
+    gpt, tokenizer, _ = load_generator(tmp_path / "gpt.pt")
+    codes = gpt.generate(torch.tensor([3, 5, 3, 5, 3]), cfg=2, seeds=sample_seeds(1, 5))
+    expected = to_uint8(tokenizer.decode(codes)).permute(0, 2, 3, 1).int().numpy()
+    shown = cells(Image.open(tmp_path / "samples.png"), head=2)
+    assert abs(shown[0] - expected[::2]).max() <= 1
+    assert abs(shown[1, :2] - expected[1::2]).max() <= 1
+    assert (shown[1, 2:] == 255).all()                      # white where a row has ended
+    every_class = cells(Image.open(trained / "samples.png"), head=2)
+    assert every_class.shape[:2] == (10, 8)
 
 
 @torch.no_grad()
@@ -1211,12 +1010,11 @@ def test_npz_is_the_same_for_any_batch_and_processes(a_copy):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("tokens", [4, N])
-def test_npz_is_as_adm_lays_it_out(tokens, a_copy, capsys):
+def test_npz_is_as_adm_lays_it_out(a_copy, capsys):
     """Samples of the first tokens alone were decoded as if code 0 stood at the other places."""
     path = a_copy / "samples.npz"
     call(sample_script, a_copy,
-         f"--npz {path} --num 33 --classes ring 2 star --cfg 1.5 --tokens {tokens}")
+         f"--npz {path} --num 33 --classes ring 2 star --cfg 1.5 --tokens 4")
     gpt, tokenizer, _ = load_generator(a_copy / "gpt.pt")
     with np.load(path) as file:
         images, labels = file["arr_0"], torch.from_numpy(file["arr_1"])
@@ -1224,7 +1022,7 @@ def test_npz_is_as_adm_lays_it_out(tokens, a_copy, capsys):
     assert labels.dtype == torch.int64
     assert torch.bincount(labels).tolist() == [0, 0, 11, 11, 0, 11]
     codes = gpt.generate(labels, cfg=1.5, seeds=sample_seeds(1, 33))
-    expected = to_uint8(tokenizer.decode(codes, tokens)).permute(0, 2, 3, 1).int().numpy()
+    expected = to_uint8(tokenizer.decode(codes, 4)).permute(0, 2, 3, 1).int().numpy()
     assert abs(images - expected).max() <= 1
     line = error_of(capsys, sample_script, a_copy, f"--npz {path}")
     assert "samples.npz exists" in line
@@ -1272,15 +1070,13 @@ def correlated(seed, n, d, shift, scale):
 @pytest.fixture(scope="module")
 def inception(tmp_path_factory):
     """(a file of Inception weights of the published names and shapes, the network with them)."""
-    model = InceptionV3()
     state = {}
-    for name, value in model.state_dict().items():
+    for name, value in InceptionV3().state_dict().items():
         if not name.endswith("num_batches_tracked"):        # older published files have none
             state[name] = weight(name, tuple(value.shape))
-    model.load_state_dict(state, strict=False)
     path = tmp_path_factory.mktemp("weights") / "inception.pth"
     torch.save(state, path)
-    return path, model
+    return path, load_inception(path)
 
 
 def test_inception_has_the_published_names_and_shapes(inception):
@@ -1292,51 +1088,28 @@ def test_inception_has_the_published_names_and_shapes(inception):
 def test_inception_equals_torch_fidelitys(inception):
     """torch-fidelity 0.4.0 in float64. A wrong pooling, epsilon, resize or layout moves these
     numbers by 1e-3 and more."""
-    model = load_inception(inception[0])
-    pool, spatial, logits = (x.numpy() for x in model(pictures(103, 2, 64, 64)))
+    pool, spatial, logits = (x.numpy() for x in inception[1](pictures(103, 2, 64, 64)))
     assert (pool.shape, spatial.shape, logits.shape) == ((2, 2048), (2, 2023), (2, 1008))
-    # Features, where to look, values of the first image, of the second, largest of all.
-    for found, where, first, second, largest in (
+    # Features, where to look, values of the first image, largest of both.
+    for found, where, values, largest in (
             (pool, range(0, 2046, 341),
              [0.0, 0.02465052343904972, 0.004095542244613171, 0.0017090020701289177,
-              0.4379909634590149, 0.3599598705768585],
-             [0.0, 0.025310125201940536, 0.00450359471142292], 1.0578194856643677),
+              0.4379909634590149, 0.3599598705768585], 1.0578194856643677),
             (spatial, range(100, 2023, 401),
-             [0.0, 0.0, 0.14552049338817596, 0.0, 0.35728177428245544],
-             [0.0, 0.0, 0.14166603982448578], 0.7943995594978333),
+             [0.0, 0.0, 0.14552049338817596, 0.0, 0.35728177428245544], 0.7943995594978333),
             (logits, range(0, 1008, 168),
              [-0.38744843006134033, 0.6327806115150452, -0.31324663758277893,
               0.021672382950782776, 0.09384988993406296, -0.49044209718704224],
-             [-0.39106959104537964, 0.6247377395629883, -0.32684168219566345],
              1.4881196022033691)):
-        tolerance = 5e-6 * largest
-        assert np.allclose(found[0, where[:len(first)]], first, rtol=0, atol=tolerance)
-        assert np.allclose(found[1, where[:3]], second, rtol=0, atol=tolerance)
+        assert np.allclose(found[0, where], values, rtol=0, atol=5e-6 * largest)
         assert abs(found).max() == pytest.approx(largest, rel=5e-6)
 
 
 def test_inception_convolves_in_float32(inception):
     """By default cuDNN rounds to TF32, which has 10 bits."""
     args = Namespace(features="inception", inception=inception[0])
-    network = evaluate.load_network(args, None, None, Job("cpu"))
-    seen = []
-    first = next(m for m in network.modules() if isinstance(m, torch.nn.Conv2d))
-    hook = first.register_forward_hook(
-        lambda *_: seen.append(torch.backends.cudnn.conv.fp32_precision))
-    network(pictures(103, 1, 32, 32))
-    hook.remove()
-    assert seen == ["ieee"]
-
-
-def test_tf1_resize_equals_tensorflows():
-    expected = [[131.0, 124.40467834472656, 163.9632110595703, 166.1739044189453],
-                [117.03009796142578, 149.71177673339844, 144.6067657470703, 158.03854370117188],
-                [110.9899673461914, 139.04295349121094, 160.81356811523438, 179.06495666503906]]
-    found = tf1_resize(pictures(103, 1, 64, 64), 299)
-    assert found.shape == (1, 3, 299, 299)
-    assert np.allclose(found[0, 0, :21:7, :28:7], expected, rtol=0, atol=1e-4)
-    whole = pictures(5, 1, 299, 299)
-    assert torch.equal(tf1_resize(whole, 299), whole.float())
+    evaluate.load_network(args, None, None, Job("cpu"))
+    assert torch.backends.cudnn.conv.fp32_precision == "ieee"
 
 
 def moments(features, block=100):
@@ -1345,13 +1118,6 @@ def moments(features, block=100):
     for part in torch.as_tensor(features).split(block):
         m.add(part)
     return m.finish()
-
-
-def test_moments_equal_numpys():
-    f = correlated(3, 250, 8, 5.0, 1.0).astype(np.float64)
-    mu, sigma = moments(f)
-    assert np.allclose(mu, f.mean(0), rtol=1e-12)
-    assert np.allclose(sigma, np.cov(f.T), rtol=1e-9)
 
 
 @pytest.mark.parametrize("n1, n2, d, expected", [           # pytorch-fid 0.3.0
@@ -1365,41 +1131,17 @@ def test_frechet_distance_equals_pytorch_fids(n1, n2, d, expected):
     assert abs(frechet_distance(*a, *a)) < 1e-9 * a[1].trace()
 
 
-def test_frechet_distance_of_commuting_covariances_by_hand():
-    """|mu1 - mu2|^2 + sum of (sqrt(s1) - sqrt(s2))^2, here of covariances of low rank."""
-    sigma1, sigma2 = np.diag([4.0, 0, 9]), np.diag([1.0, 16, 0])
-    distance = frechet_distance([1.0, 0, 0], sigma1, [0, 0, 2.0], sigma2)
-    assert distance == pytest.approx((1 + 4) + (1 + 16 + 9))
-
-
 def test_inception_score_equals_torch_fidelitys():
     logits = (stream(21).standard_normal((1003, 1008)) * 2.5).astype(np.float32)
     expected = {1: (14.753672271308714, 0), 10: (12.034158879046622, 0.5268761313770315)}
     for splits, score in expected.items():
         assert inception_score(logits, splits) == pytest.approx(score, rel=1e-6)
-    by_class = np.eye(4).repeat(5, 0) * 50
-    assert inception_score(by_class)[0] == pytest.approx(4)
-    assert inception_score(by_class, 4)[0] == pytest.approx(1)     # sorted by class: meaningless
 
 
 def test_precision_and_recall_equal_torch_fidelitys():
     fake = correlated(31, 600, 16, 0.1, 0.8)
     real = correlated(32, 500, 16, 0.0, 1.0)
     assert precision_recall(real, fake) == pytest.approx((0.975, 0.532), abs=1 / 600)
-
-
-def test_precision_and_recall_equal_brute_force():
-    real = stream(1).standard_normal((1100, 3))
-    fake = stream(2).standard_normal((700, 3)) * 0.7 + 0.5
-
-    def distance(a, b):
-        return np.sqrt(((a[:, None] - b) ** 2).sum(-1))
-
-    def share_inside(points, centres):
-        radii = np.sort(distance(centres, centres), 1)[:, 3]
-        return (distance(points, centres) <= radii).any(1).mean()
-    expected = share_inside(fake, real), share_inside(real, fake)
-    assert precision_recall(real, fake) == pytest.approx(expected, abs=2e-3)
 
 
 def test_psnr_and_ssim_equal_scikit_images():
@@ -1487,9 +1229,8 @@ def test_generation_is_measured_as_defined(judged, reference, monkeypatch):
     expected = {"FD-classifier": frechet_distance(*mine, *reference[1]),
                 "accuracy": share_right(logits, labels)}
     flags = "generation --num 40 --cfg 1.5 --seed 3"
-    for batch_size in (16, 40):
-        call(evaluate, judged, f"{flags} --batch-size {batch_size} --reference {reference[0]}")
-        assert last_record(judged)["results"] == [pytest.approx(expected, rel=1e-6)]
+    call(evaluate, judged, f"{flags} --batch-size 16 --reference {reference[0]}")
+    assert last_record(judged)["results"] == [pytest.approx(expected, rel=1e-6)]
 
     # Without a reference: against the training images. Here they are those of the reference.
     monkeypatch.setattr(Shapes, "__len__", lambda self: 200)
@@ -1501,7 +1242,7 @@ def test_generation_is_measured_as_defined(judged, reference, monkeypatch):
 
 @torch.no_grad()
 def test_reconstruction_is_measured_as_defined(judged):
-    call(evaluate, judged, "reconstruction --num 50 --levels 2 6 --batch-size 16")
+    call(evaluate, judged, "reconstruction --num 50 --levels 1 6 --batch-size 16")
     record = last_record(judged)
     tokenizer = load_tokenizer(judged / "tokenizer.pt")
     images, labels = Shapes("val", S).batch(pick_images(10_000, 50))
@@ -1511,7 +1252,7 @@ def test_reconstruction_is_measured_as_defined(judged):
     assert rank > 1
     _, originals = numpy_features(judged, images)
     assert len(record["results"]) == 2
-    for row, level in zip(record["results"], (2, 6)):
+    for row, level in zip(record["results"], (1, 6)):
         copies = to_uint8(tokenizer.decode(codes, level))
         logits, mine = numpy_features(judged, copies)
         expected = {
@@ -1521,7 +1262,11 @@ def test_reconstruction_is_measured_as_defined(judged):
             "SSIM": ssim(copies, images).mean().item(), "accuracy": share_right(logits, labels),
             "codes used": len(used) / K, "rank": rank}
         assert {name: row[name] for name in expected} == pytest.approx(expected, rel=1e-6)
-        assert len(row) == len(expected) + 5                # the bands: see truncation
+        decibels = 10 * (band_energy(copies) / band_energy(images)).log10()
+        bands = {f"band {lowest}": value if lowest < row["window"] else None
+                 for lowest, value in zip((0, 1, 2, 4, 8), decibels.tolist())}
+        assert {name: row[name] for name in bands} == pytest.approx(bands, abs=1e-4)
+        assert len(row) == len(expected) + len(bands)
 
 
 def test_an_exact_copy_does_not_make_the_mean_infinite(judged, monkeypatch):
@@ -1532,8 +1277,8 @@ def test_an_exact_copy_does_not_make_the_mean_infinite(judged, monkeypatch):
 
 @torch.no_grad()
 def test_reconstruction_has_lpips_of_weight_files(judged, tmp_path, monkeypatch):
-    """The files lie where torch.hub puts them. They have the published layout: torchvision's VGG16,
-    and LPIPS' 1 x 1 convolutions."""
+    """The files lie where torch.hub puts them, in the published layout: torchvision's VGG16, and
+    LPIPS' 1 x 1 convolutions."""
     model = LPIPS()
     for w in model.lin:
         w.uniform_()
@@ -1567,18 +1312,17 @@ def test_ranks_give_what_one_process_gives(judged, reference, tmp_path):
     assert len((out / "evaluations.jsonl").read_text().splitlines()) == 4       # one rank writes
 
 
-def held_out_shapes(n):
-    """uint8 (n, S, S, 3)."""
-    return Shapes("val", S).batch(torch.arange(n))[0].permute(0, 2, 3, 1).numpy()
-
-
 def test_compare_takes_folders_images_and_statistics(judged, tmp_path, capsys):
-    """The same images have distance 0 in every form. Images of one class have not."""
-    images = held_out_shapes(24)
+    """The same images have distance 0 in every form. Images of one class have not. A folder of
+    links is read, too, and a link back to it adds no image twice."""
+    images = Shapes("val", S).batch(torch.arange(24))[0].permute(0, 2, 3, 1).numpy()
     for i, image in enumerate(images):
         target = tmp_path / "folder" / str(i % 2)
         target.mkdir(parents=True, exist_ok=True)
         Image.fromarray(image).save(target / f"{i:02d}.{('PNG', 'png', 'bmp')[i % 3]}")
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links" / "class").symlink_to(tmp_path / "folder")
+    (tmp_path / "folder" / "back").symlink_to(tmp_path / "links")
     np.savez(tmp_path / "plain.npz", arr_0=images)
     np.savez_compressed(tmp_path / "packed.npz", arr_0=images, arr_1=np.arange(24))
     np.savez(tmp_path / "one_class.npz", arr_0=images[::10].repeat(4, 0))
@@ -1586,30 +1330,19 @@ def test_compare_takes_folders_images_and_statistics(judged, tmp_path, capsys):
     _, (mu, sigma) = numpy_features(judged, pixels)
     np.savez(tmp_path / "moments.npz", mu=mu, sigma=sigma)
 
-    def compare(a, b):
-        call(evaluate, judged, f"compare {tmp_path / a} {tmp_path / b} --features classifier")
+    def compare(a, b, flags=""):
+        call(evaluate, judged, f"compare {tmp_path / a} {tmp_path / b} --features classifier "
+                               f"{flags}")
         return last_record(judged)["results"][0]
-    for a, b in (("folder", "plain.npz"), ("plain.npz", "packed.npz"), ("folder", "moments.npz")):
+    for a, b in (("folder", "plain.npz"), ("links", "packed.npz"), ("folder", "moments.npz")):
         row = compare(a, b)
         assert abs(row["FD-classifier"]) < 1e-4, (a, b)
         assert row["images"] == 24
     assert "fewer than 2,048 images is biased" in capsys.readouterr().out
     row = compare("one_class.npz", "plain.npz")
     assert row["FD-classifier"] > 0.1 and row["recall"] < 0.5
-
-
-def test_num_of_compare_leaves_the_reference_whole(judged, tmp_path):
-    """A folder of links is read, too, and a link back to it adds no image twice."""
-    (tmp_path / "real").mkdir()
-    for i, image in enumerate(held_out_shapes(12)):
-        Image.fromarray(image).save(tmp_path / "real" / f"{i}.png")
-    (tmp_path / "links").mkdir()
-    (tmp_path / "links" / "class").symlink_to(tmp_path / "real")
-    (tmp_path / "real" / "back").symlink_to(tmp_path / "links")
-    call(evaluate, judged, f"compare {tmp_path / 'links'} {tmp_path / 'links'} --num 5 "
-                           f"--features classifier")
-    row = last_record(judged)["results"][0]
-    assert (row["images"], row["reference images"]) == (5, 12)
+    row = compare("links", "plain.npz", "--num 5")          # the reference stays whole
+    assert (row["images"], row["reference images"]) == (5, 24)
 
 
 def distance_of_few(a, b):
@@ -1646,21 +1379,8 @@ def test_compare_with_inception_gives_adms_numbers(inception, tmp_path, capsys):
     assert "samples are 32 x 32 px, the reference 64 x 64 px" in capsys.readouterr().out
 
 
-def broken_npz(folder):
-    """Write files that do not hold images or statistics as they should."""
-    images = np.zeros((3, S, S, 3), np.uint8)
-    np.savez(folder / "good.npz", arr_0=images)
-    np.savez(folder / "float.npz", arr_0=images / 255)
-    np.savez(folder / "planes.npz", arr_0=images.transpose(0, 3, 1, 2))
-    (folder / "empty").mkdir()
-    (folder / "broken").mkdir()
-    Image.fromarray(images[0]).save(folder / "broken" / "a.png")
-    (folder / "broken" / "b.png").write_bytes(b"no picture")
-
-
 @pytest.mark.parametrize("flags, message", [
     ("compare {tmp}/good.npz", "compare takes two paths"),
-    ("compare {tmp}/absent {tmp}/good.npz", "No such file or directory: '{tmp}/absent'"),
     ("compare {tmp}/empty {tmp}/absent", "No such file or directory: '{tmp}/absent'"),
     ("compare {tmp}/empty {tmp}/good.npz", "empty has 0 images"),
     ("compare {tmp}/float.npz {tmp}/good.npz", "arr_0 is float64"),
@@ -1676,7 +1396,14 @@ def broken_npz(folder):
     ("reconstruction --levels 7", "--levels is 7, and there are 1 .. 6 tokens")])
 def test_evaluate_tells_bad_input_in_one_line(flags, message, judged, tmp_path, capsys,
                                               monkeypatch):
-    broken_npz(tmp_path)
+    images = np.zeros((3, S, S, 3), np.uint8)
+    np.savez(tmp_path / "good.npz", arr_0=images)
+    np.savez(tmp_path / "float.npz", arr_0=images / 255)
+    np.savez(tmp_path / "planes.npz", arr_0=images.transpose(0, 3, 1, 2))
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "broken").mkdir()
+    Image.fromarray(images[0]).save(tmp_path / "broken" / "a.png")
+    (tmp_path / "broken" / "b.png").write_bytes(b"no picture")
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setattr(evaluate, "INCEPTION_URL", "http://127.0.0.1:9/inception.pth")
     if flags.startswith("compare"):
@@ -1702,37 +1429,18 @@ def test_bands_share_out_the_energy():
     assert parts.tolist() == pytest.approx(expected)
 
 
-@torch.no_grad()
-def test_truncation_is_measured_as_defined(judged, reference):
-    call(evaluate, judged, f"truncation --num 40 --levels 1 3 6 --cfg 1.5 --seed 3 "
-                           f"--reference {reference[0]}")
+def test_truncation_is_reconstruction_and_generation_side_by_side(judged, reference):
+    sampling = f"--num 40 --cfg 1.5 --seed 3 --reference {reference[0]}"
+    call(evaluate, judged, f"truncation {sampling} --levels 1 3 6")
     rows = last_record(judged)["results"]
     call(evaluate, judged, "reconstruction --num 40 --levels 1 3 6")
     reconstructed = last_record(judged)["results"]
-
-    gpt, tokenizer, _ = load_generator(judged / "gpt.pt")
-    images, _ = Shapes("val", S).batch(pick_images(10_000, 40))
-    codes = tokenizer.encode(to_float(images))
-    labels = balanced_labels(40, range(10), 3)
-    sampled = gpt.generate(labels, cfg=1.5, seeds=sample_seeds(3, 40))
-    for row, level, other in zip(rows, (1, 3, 6), reconstructed):
-        assert {column: row[column] for column in other} == pytest.approx(other)
-
-        # The samples have all tokens, and are decoded from the first `level`.
-        logits, statistics = numpy_features(judged, to_uint8(tokenizer.decode(sampled, level)))
-        distance = frechet_distance(*statistics, *reference[1])
-        assert row["gFD-classifier"] == pytest.approx(distance, rel=1e-6)
-        assert row["gaccuracy"] == share_right(logits, labels)
-
-        # The energy of frequencies 2 and 3, compared with the original images.
-        if row["window"] <= 2:
-            assert row["band 2"] is None
-            continue
-        copies = to_uint8(tokenizer.decode(codes, level))
-        mine, theirs = (dct2(to_float(x).double()).square().sum((0, 1)) for x in (copies, images))
-        ring = in_window(S, 4) & ~in_window(S, 2)
-        decibels = 10 * math.log10(mine[ring].sum() / theirs[ring].sum())
-        assert row["band 2"] == pytest.approx(decibels, abs=1e-4)
+    assert len(rows) == 3
+    for row, level, expected in zip(rows, (1, 3, 6), reconstructed):
+        call(evaluate, judged, f"generation {sampling} --tokens {level}")
+        (sampled,) = last_record(judged)["results"]
+        expected |= {f"g{name}": value for name, value in sampled.items()}
+        assert row == pytest.approx(expected)
     assert Image.open(judged / "truncation.png").size == (3 * 840, 620)
     # levels.png is recon.png with three levels instead of four.
     width, height = Image.open(judged / "recon.png").size
@@ -1824,11 +1532,10 @@ def test_recon_png_shows_what_each_level_holds(trained):
         assert abs(column[1:] - expected.permute(0, 2, 3, 1).numpy()).max() <= 1
 
 
-def test_line_chart_draws_each_column(tmp_path):
+def test_line_chart_draws_each_column():
     """The lowest value is drawn at the bottom, the highest at the top, and no value nowhere."""
     rows = [dict(tokens=i, up=float(i), down=4.0 - i if i > 1 else None) for i in range(5)]
-    line_chart("a title", rows, "tokens", ["up", "down"]).save(tmp_path / "chart.png")
-    picture = Image.open(tmp_path / "chart.png")
+    picture = line_chart("a title", rows, "tokens", ["up", "down"])
     assert picture.size == (840, 620)
     left, middle, right, top, centre, bottom = 96, 452, 808, 164, 352, 540
     for colour, first, last in ((COLOURS[0], (left, bottom), (right, top)),
@@ -1855,9 +1562,7 @@ def test_shapes_are_a_pure_function_of_split_and_index():
     images, labels = data.batch(torch.arange(40))
     assert images.shape == (40, 3, S, S) and images.dtype == torch.uint8
     assert labels.tolist() == [*range(10)] * 4
-    for i in (31, 7, 0):
-        assert torch.equal(Shapes("train", S).batch([i])[0][0], images[i])
-    assert torch.equal(data.batch([39, 2, 17])[0], images[[39, 2, 17]])
+    assert torch.equal(Shapes("train", S).batch([39, 2, 17])[0], images[[39, 2, 17]])
     both = [Shapes(split, S).batch(torch.arange(300))[0] for split in ("train", "val")]
     assert len(torch.cat(both).flatten(1).unique(dim=0)) == 2 * 300
 
@@ -1962,16 +1667,18 @@ def test_each_class_keeps_an_image_for_training(tmp_path):
     assert (len(train), len(val), len(train.class_names)) == (380, 20, 400)
 
 
-@pytest.mark.parametrize("train, val", [("Train", "Test"), ("training", "testing"),
-                                        ("train", "eval"), ("TRAIN", "dev"), ("Training", "Val")])
-def test_parts_have_many_names(train, val, tmp_path):
-    """Train and Test became the two classes, and the test images were trained on."""
-    for part in (train, val):
-        for name in ("cat", "dog"):
-            write_images(tmp_path / part / name, 10)
-    train_set, val_set = open_folder(tmp_path, S, 1)
-    assert train_set.class_names == val_set.class_names == ["cat", "dog"]
-    assert {Path(file).relative_to(tmp_path).parts[0] for file in val_set.files} == {val}
+@pytest.mark.parametrize("train, val", [
+    ("Train", "Test"), ("training", "testing"), ("train", "eval"), ("TRAIN", "dev"),
+    ("Training", "Val"), ("train", "valid"), ("train", "validation")])
+def test_parts_have_many_names_and_must_agree(train, val, tmp_path):
+    """Parts of unknown names would be two classes, and the test images would be trained on."""
+    for data, name in ((tmp_path / "classes", "cat"), (tmp_path / "alone", "")):
+        write_images(data / train / name, 3)
+        write_images(data / val / name, 2)
+        assert [len(part) for part in open_folder(data, S, 1)] == [3, 2]
+        write_images(data / val / "dog", 1)
+        with pytest.raises(UserError, match="dog"):
+            open_folder(data, S, 1)
 
 
 @pytest.mark.parametrize("inner", ["", "data"])
@@ -1990,21 +1697,16 @@ def test_folders_that_hold_the_classes_are_told(inner, tmp_path, capsys):
     assert open_folder(place / inner, S, 1)[0].class_names == ["rose", "tulip"]
 
 
-def test_train_beside_other_folders_is_a_class(tmp_path):
-    """The classes are vehicles. If "train" is taken for a split, buses and cars are left out."""
-    for name in ("bus", "car", "train"):
-        write_images(tmp_path / name, 10)
-    assert open_folder(tmp_path, S, 1)[0].class_names == ["bus", "car", "train"]
-
-
-def test_folders_of_other_programs_are_no_classes(tmp_path):
-    """__MACOSX and .ipynb_checkpoints became classes, and ._0.png counted as a broken image."""
-    write_images(tmp_path / "cat", 20)
-    for name in ("__MACOSX", ".ipynb_checkpoints"):
-        write_images(tmp_path / name, 1)
-    (tmp_path / "cat" / "._000.png").write_bytes(b"no image")
+@pytest.mark.parametrize("folders, classes", [
+    (["bus", "car", "train"], ["bus", "car", "train"]),     # a split would leave out the others
+    (["cat", "__MACOSX", ".ipynb_checkpoints"], ["cat"])])
+def test_folders_that_are_classes_or_none(folders, classes, tmp_path):
+    for name in folders:
+        write_images(tmp_path / name, 20)
+    (tmp_path / folders[0] / "._000.png").write_bytes(b"no image")
     train, val = open_folder(tmp_path, S, 1)
-    assert train.class_names == ["cat"] and len(train) + len(val) == 20
+    assert train.class_names == classes
+    assert len(train) + len(val) == 20 * len(classes)
 
 
 def test_kaggles_flat_val_takes_its_classes_from_the_solution(tmp_path):
@@ -2023,19 +1725,6 @@ def test_kaggles_flat_val_takes_its_classes_from_the_solution(tmp_path):
         assert val.labels.tolist() == [0, 1, 1, 1]
 
 
-@pytest.mark.parametrize("name", ["val", "valid", "validation", "test"])
-@pytest.mark.parametrize("inside", ["cat", ""])
-def test_folder_with_train_and_val_must_agree(name, inside, tmp_path):
-    """Only the name "val" was known: with another name, 5 % of train were held out. And images
-    without class folders were taken for two classes, train and val."""
-    write_images(tmp_path / "train" / inside, 3)
-    write_images(tmp_path / name / inside, 2)
-    assert [len(part) for part in open_folder(tmp_path, S, 1)] == [3, 2]
-    write_images(tmp_path / name / "dog", 1)
-    with pytest.raises(UserError, match="dog"):
-        open_folder(tmp_path, S, 1)
-
-
 def test_folder_names_what_it_cannot_decode_and_takes_the_next(tmp_path, capsys):
     good = write_images(tmp_path, 1) / "000.png"
     cut = tmp_path / "cut.png"
@@ -2045,19 +1734,6 @@ def test_folder_names_what_it_cannot_decode_and_takes_the_next(tmp_path, capsys)
     assert torch.equal(images[0], images[1]) and labels.tolist() == [1, 1, 1]
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1 and "cut.png" in lines[0]        # named once, however often drawn
-
-
-@pytest.mark.parametrize("inside", ["", "Data/CLS-LOC"])
-def test_imagenet_is_read_as_published(inside, tmp_path):
-    root = tmp_path / "ILSVRC"
-    for split, number in (("train", 3), ("val", 2)):
-        for wnid in ("n02", "n01"):
-            write_images(root / inside / split / wnid, number)
-    words = "n01 tench, Tinca tinca\nn02 goldfish\nn03 more\n"
-    (tmp_path / "LOC_synset_mapping.txt").write_text(words)
-    train, val = open_folder(root, S, 1)
-    assert train.class_names == val.class_names == ["tench, Tinca tinca (n01)", "goldfish (n02)"]
-    assert (len(train), len(val)) == (6, 4)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -2122,15 +1798,8 @@ def test_classifier_distance_is_that_of_unit_features():
     """The features of the stem and of each stage get unit length at each pixel."""
     model = randomized(Classifier(10, S, (8, 16, 24)))
     a, b = (to_float(pictures(seed, 3, S, S)) for seed in (1, 2))
-
-    def stages(x):
-        maps = [model.stem(x)]
-        for down, residual in zip(model.down, model.residual):
-            x = down(maps[-1])
-            maps.append(x + residual(x))
-        return maps
     expected = 0
-    for x, y in zip(stages(a), stages(b)):
+    for x, y in zip(model.taps(a), model.taps(b)):
         difference = F.normalize(x, dim=1) - F.normalize(y, dim=1)
         expected = expected + difference.square().sum(1).mean((1, 2))
     assert torch.allclose(model.distance(a, b), expected, rtol=1e-4)
@@ -2154,12 +1823,6 @@ def test_presets_build(name):
     del tokenizer["gpt"]
     assert tokenizer.keys() <= vars(train_tokenizer.parse_args([])).keys()
     assert generator.keys() <= vars(args).keys()
-
-
-@pytest.mark.parametrize("config_class", [TokenizerConfig, GPTConfig])
-def test_config_refuses_sizes_that_do_not_fit(config_class):
-    with pytest.raises(UserError, match="width 32 is not divisible by heads 5"):
-        config_class(width=32, heads=5)
 
 
 @torch.no_grad()
@@ -2318,9 +1981,9 @@ def test_pick_skips_no_class():
 def assert_same_training(path, other, lr, steps):
     """Two runs took the same steps, whatever the machine's rounding.
 
-    AdamW divides a gradient by its own size, so where a gradient is all rounding, a weight moves by
-    up to lr in any direction. The optimizers' means are sums of gradients: they differ by rounding
-    alone, and by much where a micro-batch is dropped or gradients are not averaged.
+    AdamW divides a gradient by its own size, so where a gradient is all rounding, a weight moves
+    by up to lr in any direction. The optimizers' means are sums of gradients: they differ by
+    rounding alone, and by much where a micro-batch is dropped or gradients are not averaged.
     """
     one, two = leaves(read_saved(path)), leaves(read_saved(other))
     assert one.keys() == two.keys()
@@ -2370,9 +2033,9 @@ def test_ranks_and_passes_train_as_one_process_does(script, kind, a_copy, tmp_pa
 # -------------------------------------------------------------------------------------------------
 # train_tokenizer.py: optimizer and averaged weights
 
-@pytest.mark.parametrize("kind", TINY)
-def test_optimizer_holds_every_parameter_once(kind):
-    model = TINY[kind]()
+@pytest.mark.parametrize("build", [tiny_tokenizer, tiny_gpt])
+def test_optimizer_holds_every_parameter_once(build):
+    model = build()
     linear = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Linear)}
     blocks = (m for m in model.modules() if isinstance(m, Block))
     hidden = {id(m.weight) for b in blocks for m in (b.attn.qkv, b.attn.proj, b.mlp[0], b.mlp[2])}
@@ -2629,18 +2292,15 @@ def test_training_uses_the_mirror_images(trained, a_copy):
 
 @torch.no_grad()
 def test_ten_crop_encodes_five_crops_and_their_mirror_images(tmp_path):
-    data, out = write_pictures(tmp_path / "data", 20), tmp_path / "out"
-    with torch.enable_grad():
-        call(train_tokenizer, out, f"--data {data} --steps 1 --perceptual 0")
-        call(train_gpt, out, f"--data {data} --steps 1 --code-images 4 --views ten-crop")
-    tokenizer = load_tokenizer(out / "tokenizer.pt")
+    data, tokenizer = write_pictures(tmp_path / "data", 20), tiny_tokenizer()
     train, _ = open_folder(data, S, 1)
+    args = Namespace(out=tmp_path)
+    records = train_gpt.encode_data("train", tokenizer, train, 4, "ten-crop", args, Job("cpu"))
     views = []
     for down, right in ((0.5, 0.5), (0, 0), (0, 1), (1, 0), (1, 1)):
         crops = torch.tensor([[1.1, down, right]] * 4)
         images, _ = train.batch(pick_images(len(train), 4), crops)
         views += [tokenizer.encode(to_float(x)) for x in (images, images.flip(-1))]
-    _, records = read_codes(out, "train")
     assert np.array_equal(records["codes"], torch.stack(views, 1))
 
 
@@ -2860,14 +2520,10 @@ def test_blocks_and_gpt_compile_without_a_graph_break():
 
 @pytest.fixture(scope="module")
 def bad_files(trained, tmp_path_factory):
-    """A folder of unusable data sets, and of damaged copies of the tiny run's files."""
+    """A folder of an unusable data set, and of a tokenizer of other codes."""
     folder = tmp_path_factory.mktemp("bad")
     write_images(folder / "classes" / "full", 1)
     (folder / "classes" / "empty").mkdir()
-    for name in ("tokenizer.pt", "gpt.pt"):
-        broken = folder / f"broken-{name}"
-        broken.mkdir()
-        (broken / name).write_bytes((trained / name).read_bytes()[:1500])
     other = read_saved(trained / "tokenizer.pt")
     other["ema"]["queries"] += 1
     torch.save(other, folder / "other.pt")
@@ -2887,13 +2543,12 @@ def bad_files(trained, tmp_path_factory):
     (train_tokenizer, "--finetune-decoder {trained}/tokenizer.pt --width 64",
      "tokenizer.pt has width 32, not 64: leave out this flag"),
     (train_gpt, "", "tokenizer.pt does not exist"),
-    (train_gpt, "--out {bad}/broken-tokenizer.pt", "tokenizer.pt is not a whole checkpoint"),
+    (train_gpt, "--out {trained} --overwrite --heads 5", "width 32 is not divisible by heads 5"),
     (train_gpt, "--out {trained} --overwrite --views ten-crop",
      "crops image files, shapes has none"),
     (sample_script, "", "gpt.pt does not exist"),
-    (sample_script, "--out {bad}/broken-gpt.pt", "gpt.pt is not a whole checkpoint"),
     (sample_script, "--out {trained} --tokenizer {bad}/other.pt", "makes codes"),
-    (sample_script, "--out {trained} --classes rings", "'rings' names 0 of 10 classes, not one: 0"),
+    (sample_script, "--out {trained} --classes rings", "'rings' names 0 of 10 classes, not one"),
     (sample_script, "--out {trained} --top-p 0", "temperature and top_k must be at least 0"),
     (sample_script, "--out {trained} --tokens 7", "--tokens is 7, and there are 1 .. 6 tokens"),
     (sample_script, "--out {trained} --upscale {image} --keep 7", "--keep is 7"),
@@ -2932,72 +2587,30 @@ def documents():
     return {str(path.relative_to(ROOT)): path.read_text() for path in paths}
 
 
-def code_blocks(text, language=""):
-    """The fenced blocks of a document: those of one language, or all."""
-    blocks = re.findall(r"^```(\w*)\n(.*?)^```", text, re.M | re.S)
-    return [block for name, block in blocks if language in ("", name)]
-
-
-def inline_code(text):
-    """What stands between single backticks."""
-    return re.findall(r"`([^`]+)`", re.sub(r"^```.*?^```", "", text, flags=re.M | re.S))
-
-
-def commands_in(text):
-    """The python and torchrun commands in lines of shell code, each as a list of words."""
-    commands = []
-    for line in re.sub(r"\\\n", " ", text).splitlines():
-        for part in re.split(r"&&|;|\||(?:^|\s)#.*", line):
-            found = re.match(r"\s*(?:do )?(?:\w+=\S* )*((?:python3?|torchrun) .*)", part)
-            if found:
-                commands.append(shlex.split(re.sub(r"\$\{?\w+\}?", "1", found[1])))
-    return commands
-
-
-def check_command(words):
-    """What is wrong with a command, or None."""
-    files = [word for word in words if word.endswith(".py")]
-    if not all((ROOT / file).exists() for file in files):
-        return "a file does not exist"
-    if words[1] in ("-m", "-c") or "..." in words:          # a pattern, such as "evaluate.py ..."
-        return None
-    if not files or files[0] not in SCRIPTS:
-        return "it names none of our scripts"
-    arguments = words[words.index(files[0]) + 1:]
-    try:
-        SCRIPTS[files[0]].parse_args([re.sub(r"^cuda(:\d+)?$", "cpu", word) for word in arguments])
-    except SystemExit:
-        return "its flags do not parse (see stderr)"
+def code_blocks(text, language):
+    """The fenced blocks of one language in a document."""
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.M | re.S)
 
 
 def test_readme_docs_and_docstring_commands_parse(tmp_path, monkeypatch):
     """A reader pastes the commands. They are parsed in an empty folder."""
-    sources = {name: script.__doc__ for name, script in SCRIPTS.items()}
-    for name, text in documents().items():
-        sources[name] = "\n".join(code_blocks(text) + inline_code(text))
+    texts = [script.__doc__ for script in SCRIPTS.values()]
+    texts += [text.replace("\\\n", " ") for text in documents().values()]
+    commands = re.findall(r"(?:python|torchrun .*?) (\w+\.py)([^\n`#|&;]*)", "\n".join(texts))
+    assert len(commands) > 60
     monkeypatch.chdir(tmp_path)
     Path("docs").symlink_to(ROOT / "docs")                  # --weights reads its file
-    wrong = []
-    for name, text in sources.items():
-        commands = commands_in(text)
-        assert commands or name.startswith("docs/"), f"{name} shows no command"
-        for words in commands:
-            problem = check_command(words)
-            if problem:
-                wrong.append(f"{name}: {' '.join(words)}: {problem}")
-    assert not wrong, "\n".join(wrong)
+    for script, flags in commands:
+        SCRIPTS[script].parse_args(shlex.split(flags))
 
 
 def test_readme_and_docs_python_names_what_exists():
     """Python in the documents compiles, and imports only names that exist."""
-    for name, text in documents().items():
+    for text in documents().values():
         for block in code_blocks(text, "python"):
             for node in ast.walk(ast.parse(block)):
-                if isinstance(node, ast.ImportFrom) and (ROOT / f"{node.module}.py").exists():
-                    module = importlib.import_module(node.module)
-                    for alias in node.names:
-                        told = f"{name}: {node.module}.py has no {alias.name}"
-                        assert hasattr(module, alias.name), told
+                if isinstance(node, ast.ImportFrom):
+                    exec(ast.unparse(node), {})
 
 
 def test_readme_and_docs_links_and_pictures_exist():
@@ -3014,33 +2627,13 @@ def test_readme_and_docs_links_and_pictures_exist():
 
 def test_readme_and_docs_name_tests_that_exist():
     """Also those in the docstring of this file."""
-    own = (ROOT / "test_spectralar.py").read_text()
-    named = re.findall(r"\btest_(?!spectralar)\w+", " ".join([__doc__, *documents().values()]))
-    assert len(named) >= 5
-    for name in named:
-        assert f"def {name}(" in own, f"{name} is not a test of test_spectralar.py"
+    text = " ".join([__doc__, *documents().values()])
+    for name in re.findall(r"\btest_(?!spectralar)\w+", text):
+        assert name in globals(), name
 
 
 # -------------------------------------------------------------------------------------------------
 # docs/tour.md: what a reader types, and what comes back
-
-class Prompt(InteractiveConsole):
-    """A python prompt in which an error is raised, not printed."""
-
-    def showtraceback(self):
-        raise
-
-    def showsyntaxerror(self, *_, **__):
-        raise
-
-    def typed(self, block, capsys):
-        """What a prompt shows while a block of code and an empty line are typed."""
-        capsys.readouterr()
-        for line in [*block.splitlines(), ""]:
-            unfinished = self.push(line)
-        assert not unfinished, block
-        return capsys.readouterr().out
-
 
 @pytest.mark.documents
 def test_tour_prints_what_it_says(tmp_path, capsys, monkeypatch):
@@ -3052,12 +2645,16 @@ def test_tour_prints_what_it_says(tmp_path, capsys, monkeypatch):
     pairs = re.findall(r"^```python\n(.*?)^```\n(?:```text\n(.*?)^```)?",
                        documents()["docs/tour.md"], re.M | re.S)
     assert len(pairs) > 12
-    prompt, number, tolerance = Prompt(), r"\d+\.?\d*", 0.0
+    prompt, number, tolerance = InteractiveConsole(), r"\d+\.?\d*", 0.0
     try:
         for block, printed in pairs:
             if "load_generator(" in block:
                 tolerance = 0.1
-            shown = prompt.typed(block, capsys)
+            capsys.readouterr()
+            for line in [*block.splitlines(), ""]:
+                unfinished = prompt.push(line)
+            shown, errors = capsys.readouterr()
+            assert not unfinished and not errors, block + errors
             assert re.sub(number, "", shown) == re.sub(number, "", printed)
             expected = [float(x) for x in re.findall(number, printed)]
             found = [float(x) for x in re.findall(number, shown)]
@@ -3085,4 +2682,3 @@ def test_forks_apply_and_parse(tmp_path):
         assert done.returncode == 0, done.stderr
         for file in re.findall(r"^\+\+\+ b/(.*)", diff, re.M):
             ast.parse((folder / file).read_text())
-            assert (folder / file).read_text() != (ROOT / file).read_text()
