@@ -1810,14 +1810,21 @@ def test_classifier_distance_is_that_of_unit_features():
 # train_tokenizer.py: settings
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_presets_build(name):
+def test_presets_build(name, monkeypatch):
     """Without a width, a generator is 64 times as wide as it is deep, with one head per block."""
     config = config_from_flags(TokenizerConfig, train_tokenizer.parse_args(["--preset", name]))
     args = train_gpt.parse_args(["--preset", name])
-    with torch.device("meta"):
-        SpectralTokenizer(config)
-        GPT(GPTConfig(10, config.num_tokens, config.codebook_size, args.width or 64 * args.depth,
-                      args.depth, args.heads or args.depth))
+
+    def on_meta(model_class):                               # sizes alone, without numbers
+        def build(config):
+            with torch.device("meta"):
+                return model_class(config)
+        return build
+    on_meta(SpectralTokenizer)(config)
+    monkeypatch.setattr(train_gpt, "GPT", on_meta(GPT))
+    monkeypatch.setattr(train_gpt, "make_optimizers", lambda *_: {})
+    gpt = train_gpt.build_generator_parts(config, 10, args, Job("meta"))["model"]
+    assert args.width or (gpt.config.width, gpt.config.heads) == (64 * args.depth, args.depth)
     # A misspelt name in a preset would change nothing.
     tokenizer, generator = dict(PRESETS[name]), dict(PRESETS[name]["gpt"])
     del tokenizer["gpt"]
