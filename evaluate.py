@@ -62,7 +62,7 @@ def parse_args(argv=None):
     add("--levels", type=int, nargs="+",
         help="numbers of tokens, such as 1 2 4 (all tokens; truncation: 1, 2, 4 ...)")
     add("--lpips", action=argparse.BooleanOptionalAction,
-        help="of reconstructions: measure LPIPS, too (with inception only)")
+        help="of reconstructions: measure LPIPS, too (on with inception)")
     add("--batch-size", type=int, default=64, help="images per batch of one process")
     add_sampling_flags(parser)
     args = parse_sampling_flags(parser, argv)
@@ -238,9 +238,7 @@ def measure_reconstructions(tokenizer, network, val, levels, args, job):
             copies = to_uint8(tokenizer.decode(codes[-1], level))
             pool, _, logits = network(copies)
             moments[level].add(pool)
-            # An exact copy counts as 100 dB. One infinite value would make the mean infinite.
-            score = [logits.argmax(-1).cpu() == labels, psnr(copies, images).clamp(max=100),
-                     ssim(copies, images)]
+            score = [logits.argmax(-1).cpu() == labels, psnr(copies, images), ssim(copies, images)]
             if lpips is not None:
                 score.append(lpips(to_float(copies), to_float(images)))
             scores[level].append(torch.stack([x.cpu().double() for x in score], 1))
@@ -476,9 +474,10 @@ def precision_recall(real, fake, k=3):
 
 
 def psnr(a, b):
-    """Peak signal-to-noise ratio of uint8 images (B, 3, H, W) -> (B,) dB; infinite when equal."""
+    """Peak signal-to-noise ratio of uint8 images (B, 3, H, W) -> (B,) dB. Equal images have 100,
+    because infinity would make every mean infinite."""
     error = (a.float() - b.float()).square().mean((1, 2, 3))
-    return 10 * torch.log10(255 ** 2 / error)
+    return (10 * torch.log10(255 ** 2 / error)).clamp(max=100)
 
 
 def ssim(a, b):
@@ -610,7 +609,7 @@ def measure_path(path, num, network, args, job):
     if isinstance(images, Folder):
         features.logits = features.logits[permutation(len(chosen), "order of scores", 0, 0)]
     # ADM's statistics are of the whole training set, its images are 10,000 of it.
-    if "mu" in arrays:
+    if "mu" in arrays or images is None:
         features.moments = arrays["mu"], arrays["sigma"]
         features.spatial = (arrays["mu_s"], arrays["sigma_s"]) if "mu_s" in arrays else None
     return features
@@ -640,12 +639,12 @@ def check_data(path, train, args):
     """UserError when a checkpoint was trained on other data than this run's."""
     saved = read_checkpoint(path, "tokenizer", "gpt", mmap=True)
     name = saved["args"]["data"]
-    # A folder may have been moved: then it has another name, but the same files.
+    # A folder may have been moved, or copied: then its files have other times of change.
     if saved.get("data") != train.fingerprint():
-        if name != args.data:
+        if Path(name).name != Path(args.data).name:
             raise UserError(f"{path} was trained on --data {name}, this run has --data "
                             f"{args.data}: give --data {name}, or another --out")
-        print(f"warning: the images of {name} have changed since {path} was trained")
+        print(f"warning: the files of {name} have changed since {path} was trained, or are copies")
     learned = saved.get("class_names", train.class_names)
     if learned != train.class_names:
         raise UserError(f"{path} learned the classes {learned[:5]} .., the data set has "
@@ -814,7 +813,11 @@ def open_cifar(name, data_dir, image_size):
     about = CIFAR[name]
     root = data_dir / about["folder"]
     if not root.is_dir():
-        archive = download(about["url"], data_dir, about["sha256"])
+        archive = data_dir / Path(about["url"]).name
+        if not archive.exists():
+            data_dir.mkdir(parents=True, exist_ok=True)
+            print(f"downloading {about['url']} to {archive}")
+            torch.hub.download_url_to_file(about["url"], str(archive), about["sha256"])
         # Unpacked elsewhere, then renamed: an interrupted one leaves no half of a data set.
         with tempfile.TemporaryDirectory(dir=data_dir) as elsewhere:
             with tarfile.open(archive) as tar:
@@ -851,18 +854,6 @@ class InMemory:
     def batch(self, indices, crops=None):
         indices = torch.as_tensor(indices)
         return self.images[indices], self.labels[indices]
-
-
-def download(url, folder, sha256=None, name=None):
-    """The path of a file from the web, fetched once; sha256: its hash, or how that begins."""
-    path = Path(folder) / (name or url.rsplit("/", 1)[1])
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            torch.hub.download_url_to_file(url, str(path), sha256)
-        except (OSError, RuntimeError) as error:             # RuntimeError: another hash
-            raise UserError(f"cannot download {url} ({error}): fetch it, and put it at {path}")
-    return path
 
 
 # ---- folders of images --------------------------------------------------------------------------
@@ -962,25 +953,20 @@ def read_table(root, name, separator):
 def hold_out(root, classes):
     """(train, val), each {class name: files}; val gets about 5 % of the files, at least one. The
     hash of its name decides about a file, so that a new one changes nothing for the others.
-    Only a folder of fewer than about 60 files may choose anew."""
+    Only a folder of fewer than about 150 files may choose anew."""
     def number(file):
         name = Path(file).relative_to(root).as_posix()
         return int(hashlib.sha256(name.encode()).hexdigest(), 16) % 10_000
 
-    # Each class keeps a file for training, unless there is just one per class.
-    held_out = set()
-    for files in classes.values():
-        held_out.update([file for file in files if number(file) < 500][:len(files) - 1])
-    # A small folder may have too few such files: a covariance needs two.
-    if len(held_out) < 2:
-        spare = []
-        for files in classes.values():
-            spare += sorted(set(files) - held_out, key=number)[:-1]
-        spare = sorted(spare or chain.from_iterable(classes.values()), key=number)
-        if sum(len(files) for files in classes.values()) < 2:
-            raise UserError(f"{root} has one image, and one is held out for validation: add more")
-        most = max(len(spare) // 20, 2 if len(spare) > 7 else 1)
-        held_out.update(spare[:most - len(held_out)])
+    # A small folder may have too few such files. Then it takes more: a covariance needs two.
+    for limit in range(500, 10_001, 500):
+        held_out = set()
+        for files in classes.values():                       # each keeps a file for training
+            held_out.update([file for file in files if number(file) < limit][:len(files) - 1])
+        if len(held_out) > 1:
+            break
+    if not held_out:
+        raise UserError(f"{root} has one image per class: add more, or folders train and val")
     print(f"{root} has no val folder: {len(held_out)} images, about 5 %, are held out")
     return ({name: [f for f in files if f not in held_out] for name, files in classes.items()},
             {name: [f for f in files if f in held_out] for name, files in classes.items()})
@@ -1105,15 +1091,16 @@ class LPIPS(nn.Module):
         return feature_distance(self.taps(a), self.taps(b), weights)
 
 
-def load_published(url, sha256=None, name=None):
-    """Weights from the web, downloaded once to where PyTorch keeps them (TORCH_HOME moves it)."""
-    path = download(url, Path(torch.hub.get_dir()) / "checkpoints", sha256, name)
-    return torch.load(path, map_location="cpu", weights_only=True)
+def load_published(url, name=None):
+    """Weights from the web, downloaded once to where PyTorch keeps them (TORCH_HOME moves it).
+    Where the file's name ends with a hash, the download must have it."""
+    return torch.hub.load_state_dict_from_url(url, map_location="cpu", check_hash=True,
+                                              file_name=name, weights_only=True)
 
 
 def load_lpips(device="cpu"):
     """LPIPS with the published weights (VGG16: 528 MB)."""
-    trunk = load_published(VGG_URL, "397923af")
+    trunk = load_published(VGG_URL)
     layers = load_published(LPIPS_URL, name="lpips-v0.1-vgg.pth")
     model = LPIPS()
     model.features.load_state_dict({name.removeprefix("features."): weight for name, weight in
@@ -1263,7 +1250,7 @@ def load_inception(path=None, device="cpu"):
     """InceptionV3 with the published weights, from a file or downloaded once (95 MB)."""
     model = InceptionV3()
     model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True) if path else
-                          load_published(INCEPTION_URL, "6726825d"))
+                          load_published(INCEPTION_URL))
     return model.to(device, memory_format=torch.channels_last).requires_grad_(False)
 
 
@@ -1453,4 +1440,4 @@ def line_chart(title, rows, x_column, columns, log=False):
 
 
 if __name__ == "__main__":
-    run_script(main, parse_args())
+    run_script(main, parse_args)

@@ -17,8 +17,8 @@ from functools import lru_cache
 from pathlib import Path
 
 from spectralar import (Help, Sampling, UserError, add_settings, autocast, barrier, base_parser,
-                        code_fingerprint, config_from_flags, flags_of_run, load_generator,
-                        load_tokenizer, one_line, parse_flags, random_streams, run_script,
+                        code_fingerprint, config_from_flags, load_generator, load_tokenizer,
+                        one_line, parse_flags, random_streams, read_checkpoint, run_script,
                         start_job, to_float, to_uint8, whole_file)
 
 import numpy as np
@@ -110,19 +110,11 @@ def upscale(gpt, tokenizer, names, args, job):
         classes = choose_classes(args, names)
         row_names = [names[c].split(",")[0] for c in classes]
     num = args.num or len(classes) * (8 if k < N else 1)
-    levels = list(range(k, N + 1)) if args.gif else [N]
     labels = labels_in_turn(num, classes)
-    images = sample_images(gpt, tokenizer, labels, levels, args, job, codes[:, :k])
-
-    # One picture per level: the frames of the animation. The last one is the still picture.
-    pictures = []
-    for g, level in enumerate(levels):
-        rows = [torch.cat([image, preview, variations])
-                for variations in class_rows(images[:, g], classes)]
-        pictures.append(image_grid(rows, row_names, ["image", f"{k}/{N}", f"{level}/{N}"]))
-    save_picture(args.out / "upscale.png", pictures[-1])
-    if args.gif:
-        save_gif(args.out / "upscale.gif", pictures)
+    images = sample_images(gpt, tokenizer, labels, [N], args, job, codes[:, :k])[:, 0]
+    rows = [torch.cat([image, preview, variations]) for variations in class_rows(images, classes)]
+    picture = image_grid(rows, row_names, ["image", f"{k}/{N}", f"{N}/{N}"])
+    save_picture(args.out / "upscale.png", picture)
     print(f"{num} variations of {args.upscale} from its first {k} of {gpt.config.num_tokens} "
           f"tokens (window {tokenizer.edges[k - 1]} of {tokenizer.edges[-1]}): "
           f"{args.out / 'upscale.png'}")
@@ -222,7 +214,8 @@ def parse_sampling_flags(parser, argv):
     """The flags. --data is that of --weights where the command line gives none."""
     args = parse_flags(parser, argv)
     if args.weights:
-        parser.set_defaults(data=flags_of_run(parser, args.weights, "gpt")["data"])
+        saved = read_checkpoint(args.weights, "gpt", mmap=True)
+        parser.set_defaults(data=saved["args"]["data"])
         args = parse_flags(parser, argv)
     return args
 
@@ -292,7 +285,8 @@ def choose_classes(args, names):
 
 
 def find_class(word, names):
-    """The class that a word means: a whole name, one word or wnid of it, a number, or a piece."""
+    """The class that a word means: a whole name, one of several names or the wnid, a number, or a
+    piece of a name."""
     # A name reads "tench, Tinca tinca (n01440764)".
     parts = [re.split(r", | \(|\)", name.lower()) for name in names]
     lower = word.lower()
@@ -401,4 +395,4 @@ def save_gif(path, frames):
 
 
 if __name__ == "__main__":
-    run_script(main, parse_args())
+    run_script(main, parse_args)

@@ -112,11 +112,9 @@ def band_edges(num_tokens, image_size, power):
     tokens. power = 0.5 gives every token about as many coefficients: w_i^2 = S^2 i/N.
 
     band_edges(16, 32, 1.5) = 1 1 3 4 6 7 9 11 14 16 18 21 23 26 29 32
-    Token i brings w_i^2 - w_(i-1)^2 new coefficients per channel: 1 0 8 7 20 13 ... 165 183 (the
-    last of 64 tokens at 256 px: 256^2 - 250^2 = 3,036). Rounding can make neighbours equal: here
-    levels 1 and 2 both show the mean colour alone. With 64 tokens, 32 px and power 0.5, 36 tokens
-    bring no new coefficient, the last one included; they refine what the window already holds.
-    """
+    Token i brings w_i^2 - w_(i-1)^2 new coefficients per channel: 1 0 8 7 20 13 ... 165 183.
+    Rounding can make neighbours equal: here levels 1 and 2 both show the mean colour alone. With
+    64 tokens, 32 px and power 0.5, 36 tokens refine what the window already holds."""
     largest = largest_window(image_size)
     share = torch.arange(1, num_tokens + 1, dtype=torch.float64) / num_tokens
     return (largest * share ** power).round().long().clamp(1, largest)
@@ -638,15 +636,6 @@ class GPT(nn.Module):
         The logits at position t predict s_(t+1). Label num_classes means: no class."""
         return self.logits(self.embed(codes[:, :-1], labels), self.modulations(labels))
 
-    def new_caches(self, rows, dtype):
-        """One empty KV cache per block; all together 2 x depth x rows x N x D numbers.
-
-        d16, 64 tokens, 16 guided images = 32 rows: 2 x 16 x 32 x 64 x 1024 x 4 bytes = 268 MB."""
-        c = self.config
-        shape = (2, rows, c.heads, c.num_tokens, c.width // c.heads)
-        device = self.code_embed.weight.device
-        return [torch.empty(shape, dtype=dtype, device=device) for _ in self.blocks]
-
     @torch.no_grad()
     def generate(self, labels, cfg=1.0, prefix=None, seeds=None, stop=None, **settings):
         """Sample codes (B, N) for labels (B,).
@@ -668,8 +657,11 @@ class GPT(nn.Module):
             labels = torch.cat([labels, torch.full_like(labels, self.config.num_classes)])
         codes = F.pad(prefix.repeat(halves, 1), (0, N - prefix.shape[1]))
         modulations = self.modulations(labels)
-        # Keys and values have the dtype that autocast gives to every Linear layer's output.
-        caches = self.new_caches(len(labels), modulations[0][0].dtype)
+        # One KV cache per block. Keys and values have the dtype that autocast gives to the output
+        # of every Linear layer. (d16, 32 rows, float32: 268 MB together.)
+        heads, width = self.config.heads, self.config.width
+        size = (2, len(labels), heads, N, width // heads)
+        caches = [modulations[0][0].new_empty(size) for _ in self.blocks]
 
         start = 0                                # positions before this one are in the cache
         for t in range(prefix.shape[1], N if stop is None else stop):
@@ -913,7 +905,11 @@ BUILT_IN = ("shapes", "cifar10", "cifar100", "imagenet")
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """-h shows the docstring as it stands, and each default. The text tells what None means."""
+    """-h shows the docstring as it stands, and each default."""
+
+    def _get_help_string(self, action):
+        # Where the default is None, the text tells what is taken instead.
+        return action.help if action.default is None else super()._get_help_string(action)
 
 
 def base_parser():
@@ -934,20 +930,13 @@ def base_parser():
 
 
 def parse_flags(parser, argv):
-    """The flags, with whole paths for --data and --out."""
+    """The flags, with whole paths for --data, --data-dir and --out."""
     args = parser.parse_intermixed_args(argv)    # paths may stand before and after flags
     if args.data not in BUILT_IN:
         args.data = str(Path(args.data).expanduser().resolve())
+    args.data_dir = str(Path(args.data_dir).expanduser())
     args.out = Path(args.out or Path("out") / Path(args.data).name).expanduser()
     return args
-
-
-def flags_of_run(parser, path, kind):
-    """{flag: value} of the run that saved a checkpoint; the parser tells what is wrong with it."""
-    try:
-        return read_checkpoint(path, kind, mmap=True)["args"]
-    except UserError as error:
-        parser.error(str(error))
 
 
 def add_settings(parser, title, settings, preset):
@@ -970,11 +959,11 @@ def config_from_flags(config_class, args, **known):
     return config_class(**flags, **known)
 
 
-def run_script(main, args):
-    """main(args). What the user can mend is told in one line, with exit code 2."""
+def run_script(main, parse_args, argv=None):
+    """main(parse_args(argv)). What the user can mend is told in one line, with exit code 2."""
     code = 2
     try:
-        main(args)
+        main(parse_args(argv))
         code = 0
     except (UserError, OSError) as error:        # OSError: a missing file, a full disk, no network
         print(f"error: {error}", file=sys.stderr)

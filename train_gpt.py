@@ -233,13 +233,13 @@ def code_batches(data, num_classes, args, job, start):
 @torch.no_grad()
 def encode_data(split, tokenizer, data, most, views, args, job):
     """Records (label, codes (V, N)) of up to `most` images in V views, encoded by all processes.
-    The file's name tells the tokenizer, images and views, so that codes of others are never taken.
-    """
+    The file's name tells the tokenizer, images, views and number type, so that codes of others are
+    never taken."""
     crops, mirrored = VIEWS[views]
     if views == "ten-crop" and not isinstance(data, Folder):
         raise UserError(f"--views ten-crop crops image files, {args.data} has none: take flip")
     chosen = pick_images(len(data), most)
-    made_of = [code_fingerprint(tokenizer), data.fingerprint(), len(chosen), views]
+    made_of = [code_fingerprint(tokenizer), data.fingerprint(), len(chosen), views, job.dtype]
     name = hashlib.sha256(repr(made_of).encode()).hexdigest()[:16]
     path = args.out / f"codes-{split}-{name}.npy"
 
@@ -275,4 +275,4 @@ def encode_data(split, tokenizer, data, most, views, args, job):
 
 
 if __name__ == "__main__":
-    run_script(main, parse_args())
+    run_script(main, parse_args)

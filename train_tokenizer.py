@@ -24,11 +24,10 @@ from dataclasses import asdict, dataclass, fields
 from itertools import count
 
 from spectralar import (Block, Help, SpectralTokenizer, TokenizerConfig, UserError, add_settings,
-                        all_sum, autocast, base_parser, config_from_flags, flags_of_run, gather,
-                        load_tokenizer, low_pass, nested_loss, one_line, parse_flags,
-                        random_streams, read_checkpoint, run_script, sample_levels,
-                        save_checkpoint, setting, start_job, sub_images, to_float, to_uint8,
-                        uniforms)
+                        all_sum, autocast, base_parser, config_from_flags, gather, load_tokenizer,
+                        low_pass, nested_loss, one_line, parse_flags, random_streams,
+                        read_checkpoint, run_script, sample_levels, save_checkpoint, setting,
+                        start_job, sub_images, to_float, to_uint8, uniforms)
 
 import torch
 import torch.nn as nn
@@ -235,8 +234,8 @@ def main(args):
     image_size = parts["model"].config.image_size
     train, val = open_data(args, image_size, job)
     data = train.fingerprint()
-    if args.resume:
-        check_data(path, train, args)
+    if args.resume or args.finetune_decoder:
+        check_data(path if args.resume else args.finetune_decoder, train, args)
     batches = image_batches(train, args, job, start)
     perceptual = None
     if args.perceptual and args.perceptual_start < args.steps:
@@ -316,10 +315,9 @@ def evaluate_tokenizer(model, data, args, job):
             codes.append(model.encode(images))
             outputs = [to_uint8(model.decode(codes[-1], level)) for level in levels]
         truths = [to_uint8(low_pass(images, model.edges[level - 1])) for level in levels]
-        # An exact copy counts as 100 dB.
         score = [torch.stack([psnr(output, truth), psnr(output, to_uint8(images))])
                  for output, truth in zip(outputs, truths)]
-        scores.append(torch.stack(score).clamp(max=100))                        # (G, 2, b)
+        scores.append(torch.stack(score))                                       # (G, 2, b)
     draw_levels(args.out / "recon.png", model, data, levels, job)
 
     means = dict(zip(levels, torch.cat(scores, 2).mean(2).tolist()))
@@ -364,7 +362,7 @@ def parse_training_flags(parser, argv, kind):
     """The flags. With --resume, those of the saved run stand where the command line gives none."""
     args = parse_flags(parser, argv)
     if args.resume:
-        saved = flags_of_run(parser, args.out / f"{kind}.pt", kind)
+        saved = read_checkpoint(args.out / f"{kind}.pt", kind, mmap=True)["args"]
         # These belong to this call and this machine.
         for name in ("resume", "overwrite", "out", "device", "workers"):
             saved.pop(name)
@@ -634,6 +632,10 @@ class Log:
     def __init__(self, path, model, args, job):
         self.args = args
         self.job = job
+        if args.resume and job.rank == 0 and path.exists():
+            # A crash may have cut the last line short.
+            lines = path.read_text().splitlines(keepends=True)
+            path.write_text("".join(line for line in lines if line.endswith("\n")))
         mode = "a" if args.resume else "w"
         self.file = open(os.devnull if job.rank else path, mode, buffering=1)
         parameters = sum(p.numel() for p in model.parameters())
@@ -719,4 +721,4 @@ def discriminator_loss(discriminator, images, recon, job):
 
 
 if __name__ == "__main__":
-    run_script(main, parse_args())
+    run_script(main, parse_args)
