@@ -26,8 +26,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from spectralar import (Help, Sampling, UserError, all_sum, autocast, base_parser, dct2,
-                        first_rank_first, gather, in_window, load_tokenizer, low_pass,
-                        random_streams, read_checkpoint, run_script, save_checkpoint,
+                        first_rank_first, gather, in_window, load_generator, load_tokenizer,
+                        low_pass, random_streams, read_checkpoint, run_script, save_checkpoint,
                         start_job, to_float, to_uint8, uniforms)
 
 import numpy as np
@@ -38,8 +38,8 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from sample import (add_sampling_flags, balanced_labels, check_tokens, decode_image, draw_codes,
-                    image_grid, load_models, own_batches, parse_sampling_flags, permutation,
-                    progress, run_file, save_picture, spread_levels)
+                    image_grid, own_batches, parse_sampling_flags, permutation, progress, run_file,
+                    save_picture, spread_levels)
 
 
 def parse_args(argv=None):
@@ -71,8 +71,7 @@ def parse_args(argv=None):
     # A flag without effect would give a number that means something else.
     rebuilt, sampled = "reconstruction, truncation", "generation, truncation"
     users = dict(paths="compare", tokens="generation", levels=rebuilt, lpips=rebuilt,
-                 reference=sampled, tokenizer="generation, truncation, probe",
-                 weights="generation, reconstruction, truncation, probe",
+                 reference=sampled, weights="generation, reconstruction, truncation, probe",
                  **{f.name: sampled for f in fields(Sampling)})
     for name, commands in users.items():
         is_given = getattr(args, name) not in ([], parser.get_default(name))
@@ -174,7 +173,7 @@ def open_run(kind, tokenizer, args, job):
 
 
 def run_generation(args, job):
-    gpt, tokenizer, _ = load_models(args, job)
+    gpt, tokenizer, _ = load_generator(run_file("gpt", args), job.device)
     tokens = check_tokens("--tokens", args.tokens, gpt.config.num_tokens)
     train, _, network = open_run("gpt", tokenizer, args, job)
     return measure_generation(gpt, tokenizer, network, train, [tokens], args, job)
@@ -272,7 +271,7 @@ def measure_reconstructions(tokenizer, network, val, levels, args, job):
 
 def run_truncation(args, job):
     """Reconstructions, and samples (columns that begin with g), after the first i tokens."""
-    gpt, tokenizer, _ = load_models(args, job)
+    gpt, tokenizer, _ = load_generator(run_file("gpt", args), job.device)
     levels = args.levels or spread_levels(tokenizer.config.num_tokens)
     train, val, network = open_run("gpt", tokenizer, args, job)
     rows = measure_reconstructions(tokenizer, network, val, levels, args, job)
@@ -326,7 +325,7 @@ def draw_levels(path, tokenizer, val, levels, job):
 
 def run_probe(args, job):
     """How well earlier tokens predict each token, and earlier patches of pixels each patch."""
-    gpt, tokenizer, _ = load_models(args, job)
+    gpt, tokenizer, _ = load_generator(run_file("gpt", args), job.device)
     N = tokenizer.config.num_tokens
     train, val = open_data(args, tokenizer.config.image_size, job)
     check_data(run_file("gpt", args), train, args)

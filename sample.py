@@ -17,9 +17,8 @@ from functools import lru_cache
 from pathlib import Path
 
 from spectralar import (Help, Sampling, UserError, add_settings, autocast, barrier, base_parser,
-                        code_fingerprint, config_from_flags, load_generator, load_tokenizer,
-                        one_line, parse_flags, random_streams, read_checkpoint, run_script,
-                        start_job, to_float, to_uint8, whole_file)
+                        config_from_flags, load_generator, one_line, parse_flags, random_streams,
+                        read_checkpoint, run_script, start_job, to_float, to_uint8, whole_file)
 
 import numpy as np
 import torch
@@ -54,7 +53,7 @@ def main(args):
     job = start_job(args)
     if job.rank and not args.npz:                # pictures need one process alone
         return
-    gpt, tokenizer, names = load_models(args, job)
+    gpt, tokenizer, names = load_generator(run_file("gpt", args), job.device)
     args.out.mkdir(parents=True, exist_ok=True)
     if args.npz:
         write_npz(gpt, tokenizer, choose_classes(args, names), args, job)
@@ -203,18 +202,16 @@ def add_sampling_flags(parser):
     """The flags of every command that samples."""
     add_settings(parser, "sampling", Sampling, dict(cfg=2.0))
     add = parser.add_argument_group("decoding").add_argument
-    add("--weights", metavar="FILE", help="a gpt.pt from elsewhere; it also tells --data (the "
-        "files in --out)")
+    add("--weights", metavar="FILE", help="a gpt.pt from elsewhere (for reconstructions a "
+        "tokenizer.pt will do); it also tells --data (the files in --out)")
     add("--tokens", type=int, help="stop after this many tokens (all)")
-    add("--tokenizer", metavar="FILE", help="decode by this tokenizer.pt of the same codes, such "
-        "as one of train_tokenizer.py --finetune-decoder (the one in gpt.pt)")
 
 
 def parse_sampling_flags(parser, argv):
     """The flags. --data is that of --weights where the command line gives none."""
     args = parse_flags(parser, argv)
     if args.weights:
-        saved = read_checkpoint(args.weights, "gpt", mmap=True)
+        saved = read_checkpoint(args.weights, "gpt", "tokenizer", mmap=True)
         parser.set_defaults(data=saved["args"]["data"])
         args = parse_flags(parser, argv)
     return args
@@ -223,19 +220,6 @@ def parse_sampling_flags(parser, argv):
 def run_file(kind, args):
     """The checkpoint to load: --weights, or the one of this kind in --out."""
     return Path(args.weights or args.out / f"{kind}.pt")
-
-
-def load_models(args, job):
-    """(GPT, SpectralTokenizer, class names) to sample with."""
-    path = run_file("gpt", args)
-    gpt, tokenizer, names = load_generator(path, job.device)
-    if args.tokenizer:
-        learned = code_fingerprint(tokenizer)
-        tokenizer = load_tokenizer(args.tokenizer, job.device)
-        if code_fingerprint(tokenizer) != learned:
-            raise UserError(f"{args.tokenizer} makes codes {code_fingerprint(tokenizer)}, {path} "
-                            f"learned {learned}: name its tokenizer, or that one's finetuned")
-    return gpt, tokenizer, names
 
 
 def check_tokens(flag, tokens, most):

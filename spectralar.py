@@ -497,7 +497,7 @@ def sample_levels(B, N, full_only=False):
     random level alone reaches the last token once in N steps. In a study of nested tokens, NesTok,
     that left 80 % of the codebook unused; with the full level too, FID fell from 2.46 to 1.93.
     (There a prefix is compared with the whole image: it says nothing about sub-images.)
-    full_only: level N alone, for flat tokenizers and for finetuning a decoder."""
+    full_only: level N alone, for flat tokenizers."""
     full = torch.full((B, 1), N)
     if full_only or N == 1:
         return full

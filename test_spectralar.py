@@ -1242,9 +1242,11 @@ def test_generation_is_measured_as_defined(judged, reference, monkeypatch):
 
 @torch.no_grad()
 def test_reconstruction_is_measured_as_defined(judged):
-    call(evaluate, judged, "reconstruction --num 50 --levels 1 6 --batch-size 16")
+    file = judged / "tokenizer.pt"
+    flags = f"--num 50 --levels 1 6 --batch-size 16 --weights {file}"
+    call(evaluate, judged, f"reconstruction {flags}")
     record = last_record(judged)
-    tokenizer = load_tokenizer(judged / "tokenizer.pt")
+    tokenizer = load_tokenizer(file)
     images, labels = Shapes("val", S).batch(pick_images(10_000, 50))
     codes = tokenizer.encode(to_float(images))
     used = codes.unique()
@@ -1384,7 +1386,6 @@ def test_compare_with_inception_gives_adms_numbers(inception, tmp_path, capsys):
     ("generation --features inception", "Connection refused"),
     ("generation --levels 2", "generation does not use levels"),
     ("reconstruction --tokens 2", "reconstruction does not use tokens"),
-    ("reconstruction --tokenizer other.pt", "reconstruction does not use tokenizer"),
     ("reconstruction --cfg 3", "reconstruction does not use cfg"),
     ("generation --no-lpips", "generation does not use lpips"),
     ("reconstruction --levels 7", "--levels is 7, and there are 1 .. 6 tokens")])
@@ -1887,25 +1888,6 @@ def test_run_that_diverges_names_the_term(tmp_path, capsys):
     assert not list(tmp_path.glob("*.pt"))
 
 
-def test_finetuned_decoder_keeps_the_codes(trained, tmp_path, capsys):
-    """--finetune-decoder trains only the decoder, so the generator's codes stay valid."""
-    source, out = trained / "tokenizer.pt", tmp_path / "out"
-    data = write_pictures(tmp_path / "data", 4)
-    line = error_of(capsys, train_tokenizer, out, f"--finetune-decoder {source} --data {data}")
-    assert "was trained on --data shapes" in line
-    call(train_tokenizer, out, f"--finetune-decoder {source}")
-    old, new = load_tokenizer(source), load_tokenizer(out / "tokenizer.pt")
-    assert torch.equal(old.encode(noise_images(20)), new.encode(noise_images(20)))
-    assert code_fingerprint(old) == code_fingerprint(new)
-    # Either decoder may show the generator's samples.
-    shutil.copy(trained / "gpt.pt", out)
-    shown = []
-    for tokenizer in (source, out / "tokenizer.pt"):
-        call(sample_script, out, f"--num 4 --tokenizer {tokenizer}")
-        shown.append(np.array(Image.open(out / "samples.png")))
-    assert not np.array_equal(*shown)
-
-
 def test_perceptual_loss_takes_a_classifier_of_the_data(tmp_path, capsys, monkeypatch):
     """Trained once, then read by other runs. It cannot be the judge, nor have a mistyped name."""
     monkeypatch.setattr(train_classifier, "__defaults__", (False, 2, 8))
@@ -2254,9 +2236,12 @@ def test_adversarial_losses_equal_their_formulas():
 
 def test_codes_of_another_tokenizer_are_refused(a_copy, capsys):
     checkpoint = read_saved(a_copy / "tokenizer.pt")
+    old = code_fingerprint(load_generator(a_copy / "gpt.pt")[1])
+    checkpoint["ema"]["mask_tokens"] += 1                   # another decoder, the same codes
+    torch.save(checkpoint, a_copy / "tokenizer.pt")
+    assert code_fingerprint(load_tokenizer(a_copy / "tokenizer.pt")) == old
     checkpoint["ema"]["patch_pos"] += 1
     torch.save(checkpoint, a_copy / "tokenizer.pt")
-    old = code_fingerprint(load_generator(a_copy / "gpt.pt")[1])
     new = code_fingerprint(load_tokenizer(a_copy / "tokenizer.pt"))
     line = error_of(capsys, train_gpt, a_copy, "--resume --steps 9")
     assert old in line and new in line and "--overwrite" in line
@@ -2529,14 +2514,11 @@ def test_blocks_and_gpt_compile_without_a_graph_break():
 # all scripts: what a user may do wrong
 
 @pytest.fixture(scope="module")
-def bad_files(trained, tmp_path_factory):
-    """A folder of an unusable data set, and of a tokenizer of other codes."""
+def bad_files(tmp_path_factory):
+    """A folder of an unusable data set."""
     folder = tmp_path_factory.mktemp("bad")
     write_images(folder / "classes" / "full", 1)
     (folder / "classes" / "empty").mkdir()
-    other = read_saved(trained / "tokenizer.pt")
-    other["ema"]["queries"] += 1
-    torch.save(other, folder / "other.pt")
     return folder
 
 
@@ -2549,20 +2531,16 @@ def bad_files(trained, tmp_path_factory):
     (train_tokenizer, "--heads 5", "width 32 is not divisible by heads 5"),
     (train_tokenizer, "--batch-size 7 --micro-batch 2", "--batch-size 7 is not a multiple of"),
     (train_tokenizer, "--resume", "tokenizer.pt does not exist"),
-    (train_tokenizer, "--finetune-decoder {bad}/absent.pt", "absent.pt does not exist"),
-    (train_tokenizer, "--finetune-decoder {trained}/tokenizer.pt --width 64",
-     "tokenizer.pt has width 32, not 64: leave out this flag"),
     (train_gpt, "", "tokenizer.pt does not exist"),
     (train_gpt, "--out {trained} --overwrite --heads 5", "width 32 is not divisible by heads 5"),
     (train_gpt, "--out {trained} --overwrite --views ten-crop",
      "crops image files, shapes has none"),
     (sample_script, "", "gpt.pt does not exist"),
-    (sample_script, "--out {trained} --tokenizer {bad}/other.pt", "makes codes"),
     (sample_script, "--out {trained} --classes rings", "'rings' names 0 of 10 classes, not one"),
     (sample_script, "--out {trained} --top-p 0", "temperature and top_k must be at least 0"),
     (sample_script, "--out {trained} --tokens 7", "--tokens is 7, and there are 1 .. 6 tokens"),
     (sample_script, "--out {trained} --upscale {image} --keep 7", "--keep is 7"),
-    (sample_script, "--out {trained} --upscale {bad}/other.pt", "cannot decode {bad}/other.pt"),
+    (sample_script, "--out {trained} --upscale {trained}/gpt.pt", "cannot decode {trained}/gpt"),
     (sample_script, "--out {trained} --upscale {bad}/absent.png", "absent.png")])
 def test_bad_input_is_told_in_one_line(script, flags, message, trained, bad_files, tmp_path,
                                        capsys):

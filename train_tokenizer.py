@@ -20,14 +20,14 @@ import time
 from collections import defaultdict, deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from itertools import count
 
 from spectralar import (Block, Help, SpectralTokenizer, TokenizerConfig, UserError, add_settings,
-                        all_sum, autocast, base_parser, config_from_flags, gather, load_tokenizer,
-                        low_pass, nested_loss, one_line, parse_flags, random_streams,
-                        read_checkpoint, run_script, sample_levels, save_checkpoint, setting,
-                        start_job, sub_images, to_float, to_uint8, uniforms)
+                        all_sum, autocast, base_parser, config_from_flags, gather, low_pass,
+                        nested_loss, one_line, parse_flags, random_streams, read_checkpoint,
+                        run_script, sample_levels, save_checkpoint, setting, start_job, sub_images,
+                        to_float, to_uint8, uniforms)
 
 import torch
 import torch.nn as nn
@@ -97,15 +97,7 @@ def parse_args(argv=None):
     add_settings(parser, "model", TokenizerConfig, preset)
     add_settings(parser, "losses and evaluation", TokenizerSettings, preset)
     add_settings(parser, "training", TrainingSettings, preset)
-    parser.add_argument("--finetune-decoder", metavar="FILE",
-                        help="train only the decoder of this tokenizer.pt, at the full level; its "
-                             "codes, and any generator of them, stay as they are")
-    args = parse_training_flags(parser, argv, "tokenizer")
-    if args.finetune_decoder:
-        # The file decides the sizes of the model, so their flags have no defaults.
-        parser.set_defaults(**{f.name: None for f in fields(TokenizerConfig)})
-        args = parse_flags(parser, argv)
-    return args
+    return parse_training_flags(parser, argv, "tokenizer")
 
 
 # ---- one training step --------------------------------------------------------------------------
@@ -129,8 +121,7 @@ def training_step(step, batch, parts, wrapped, perceptual, args, job):
     # and a run that is resumed draws the levels that it would have drawn.
     stream = random_streams("tokenizer step", args.seed, step)
     torch.manual_seed(stream.item())
-    full_only = model.config.flat or args.finetune_decoder
-    levels = sample_levels(args.batch_size, model.config.num_tokens, full_only)
+    levels = sample_levels(args.batch_size, model.config.num_tokens, model.config.flat)
 
     vectors = []
     codes = []
@@ -172,13 +163,12 @@ def training_step(step, batch, parts, wrapped, perceptual, args, job):
         optimizer_step(discriminator, optimizers, step, args)
 
     # Codes that no image of the whole batch chose may be dead, so every process must see them all.
-    if not args.finetune_decoder:
-        rows = slice(batch[0][0].start, batch[-1][0].stop)
-        vectors = torch.cat(vectors)                                            # (share, N, d)
-        vectors = gather(vectors, rows, args.batch_size)                        # (B, N, d)
-        codes = torch.cat(codes)
-        codes = gather(codes, rows, args.batch_size)                            # (B, N)
-        model.quantizer.update(vectors.flatten(0, 1), codes.flatten())
+    rows = slice(batch[0][0].start, batch[-1][0].stop)
+    vectors = torch.cat(vectors)                                                # (share, N, d)
+    vectors = gather(vectors, rows, args.batch_size)                            # (B, N, d)
+    codes = torch.cat(codes)
+    codes = gather(codes, rows, args.batch_size)                                # (B, N)
+    model.quantizer.update(vectors.flatten(0, 1), codes.flatten())
     update_ema(parts["ema"], model, args.ema, step)
     return terms
 
@@ -234,8 +224,8 @@ def main(args):
     image_size = parts["model"].config.image_size
     train, val = open_data(args, image_size, job)
     data = train.fingerprint()
-    if args.resume or args.finetune_decoder:
-        check_data(path if args.resume else args.finetune_decoder, train, args)
+    if args.resume:
+        check_data(path, train, args)
     batches = image_batches(train, args, job, start)
     perceptual = None
     if args.perceptual and args.perceptual_start < args.steps:
@@ -281,16 +271,7 @@ def main(args):
 def build_tokenizer_parts(args, job):
     """{name: model or optimizer} of the run."""
     torch.manual_seed(random_streams("tokenizer weights", args.seed, 0).item())
-    if args.finetune_decoder:
-        model = load_tokenizer(args.finetune_decoder, job.device).train()
-        for name, value in asdict(model.config).items():
-            if getattr(args, name) not in (None, value):
-                raise UserError(f"{args.finetune_decoder} has {name} {value}, not "
-                                f"{getattr(args, name)}: leave out this flag")
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(name.split(".")[0] in model.decoder_parts)
-    else:
-        model = SpectralTokenizer(config_from_flags(TokenizerConfig, args)).to(job.device)
+    model = SpectralTokenizer(config_from_flags(TokenizerConfig, args)).to(job.device)
     parts = dict(model=model, ema=copy.deepcopy(model).eval(), **make_optimizers(model, args, job))
 
     if args.gan:
@@ -456,7 +437,7 @@ def gradient_sync(model, last, job):
 
 # ---- optimizers and averaged weights ------------------------------------------------------------
 def make_optimizers(model, args, job):
-    """{name: optimizer}: each trained parameter of the model belongs to exactly one.
+    """{name: optimizer}: each parameter of the model belongs to exactly one.
     muon trains the matrices of the blocks, but not those of AdaLN, which start at zero. optimizer,
     an AdamW, trains all else. Only the matrices of Linear layers decay: no biases, norms,
     embeddings, codebook."""
@@ -467,8 +448,7 @@ def make_optimizers(model, args, job):
     hidden = {}                          # by shape, because Muon treats equal shapes together
     decayed = []
     others = []
-    trained = [p for p in model.parameters() if p.requires_grad]
-    for p in trained:
+    for p in model.parameters():
         if args.muon and id(p) in in_blocks:
             hidden.setdefault(p.shape, []).append(p)
         elif id(p) in linear:
