@@ -638,7 +638,8 @@ def check_data(path, train, args):
     """UserError when a checkpoint was trained on other data than this run's."""
     saved = read_checkpoint(path, "tokenizer", "gpt", mmap=True)
     name = saved["args"]["data"]
-    # A folder may have been moved, or copied: then its files have other times of change.
+    # A moved folder has the same files. In a copied one they have other times of change, so there
+    # its own name must do.
     if saved.get("data") != train.fingerprint():
         if Path(name).name != Path(args.data).name:
             raise UserError(f"{path} was trained on --data {name}, this run has --data "
