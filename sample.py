@@ -36,7 +36,7 @@ def parse_args(argv=None):
     add("--num", type=int, help="images, shared evenly among the classes (8 per class; "
         "--progressive: 1; --npz: 50,000 in all)")
     add("--batch-size", type=int, default=64, help="images at a time: more are faster")
-    add("--gif", action="store_true", help="an animation too, token by token")
+    add("--gif", action="store_true", help="an animation too, token by token (not of --upscale)")
     add("--keep", type=int, help="of --upscale: tokens of the image to keep (a quarter)")
     add = group.add_mutually_exclusive_group().add_argument
     add("--progressive", action="store_true",
