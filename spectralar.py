@@ -930,7 +930,7 @@ def base_parser():
 
 
 def parse_flags(parser, argv):
-    """The flags, with whole paths for --data, --data-dir and --out."""
+    """The flags. In paths of folders ~ is the home folder, and --data is a whole path."""
     args = parser.parse_intermixed_args(argv)    # paths may stand before and after flags
     if args.data not in BUILT_IN:
         args.data = str(Path(args.data).expanduser().resolve())
