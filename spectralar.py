@@ -549,6 +549,7 @@ class Sampling:
     """Settings of GPT.generate. sample.py and evaluate.py make flags of them."""
     cfg: float = setting(1.0, "guidance: logits = u + cfg (c - u), where c knows the class and u "
                               "does not; 1 = none, 0 = unconditional")
+    cfg_start: int = setting(0, "tokens to draw without guidance, before it begins")
     temperature: float = setting(1.0, "of the logits; 0 = the likeliest code")
     top_k: int = setting(0, "sample among the k likeliest codes; 0 = all")
     top_p: float = setting(1.0, "sample among the likeliest codes that together reach this")
@@ -643,7 +644,7 @@ class GPT(nn.Module):
         prefix   (B, k) codes to keep; the other N - k are sampled
         seeds    (B,) one random stream per image, whatever batch it is in; None = new ones
         stop     stop after this many tokens, the prefix included; later codes are 0
-        cfg, temperature, top_k, top_p   see Sampling
+        cfg, cfg_start, temperature, top_k, top_p   see Sampling
         """
         settings = Sampling(cfg, **settings)
         B, N = len(labels), self.config.num_tokens
@@ -671,7 +672,8 @@ class GPT(nn.Module):
             start = t + 1
             if halves == 2:
                 conditional, unconditional = logits.chunk(2)
-                logits = unconditional + cfg * (conditional - unconditional)    # (B, K)
+                scale = cfg if t >= settings.cfg_start else 1
+                logits = unconditional + scale * (conditional - unconditional)  # (B, K)
             new = sample_from_logits(logits, uniform[:, t], settings.temperature, settings.top_k,
                                      settings.top_p)                            # (B,)
             codes[:, t] = new.repeat(halves)

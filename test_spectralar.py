@@ -703,8 +703,8 @@ def test_gpt_is_causal():
 
 @torch.no_grad()
 @pytest.mark.parametrize("kept", [0, 1, 4, N])
-@pytest.mark.parametrize("cfg", [1.0, 0.0, 3.0])
-def test_generate_equals_its_definition(cfg, kept):
+@pytest.mark.parametrize("cfg, cfg_start", [(1.0, 0), (0.0, 0), (3.0, 0), (7.0, 3)])
+def test_generate_equals_its_definition(cfg, cfg_start, kept):
     """The oracle runs the whole sequence again for each token, with and without the class."""
     model, labels, seeds = tiny_gpt(), torch.arange(8), torch.arange(8) + 100
     prefix = some_codes(8)[:, :kept]
@@ -713,8 +713,11 @@ def test_generate_equals_its_definition(cfg, kept):
         conditional = model(expected, labels)[:, t]
         unconditional = model(expected, torch.full_like(labels, NO_CLASS))[:, t]
         logits = unconditional + cfg * (conditional - unconditional)
+        if t < cfg_start:
+            logits = conditional
         expected[:, t] = sample_from_logits(logits, uniforms(seeds, N)[:, t])
-    assert torch.equal(model.generate(labels, cfg, prefix=prefix, seeds=seeds), expected)
+    codes = model.generate(labels, cfg, cfg_start=cfg_start, prefix=prefix, seeds=seeds)
+    assert torch.equal(codes, expected)
 
 
 @torch.no_grad()
