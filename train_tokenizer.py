@@ -76,7 +76,7 @@ PRESETS = {
     # minutes on a laptop CPU; with patches of 8 instead of 4 a step takes about half the time
     "shapes": dict(patch_size=8, gpt=dict(code_images=20_000)),
     # one to two hours on one CPU core, 40 % of them for the generator; folders take it, too.
-    # The small prefix_weight favours the full level, by which samples are judged (claim G).
+    # The small prefix_weight favours the full level, by which samples are judged (docs/claims.md).
     "cifar": dict(
         num_tokens=64, codebook_size=1024, width=192, heads=6, power=0.5, steps=4000, warmup=200,
         prefix_weight=0.25, perceptual=0.5, perceptual_start=1500, perceptual_net="classifier",
